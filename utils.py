@@ -1,0 +1,454 @@
+"""Train, test, data and plot helpers for small image classifiers; the model is the caller's own.
+
+train_data, test_data = load_data("MNIST")
+train_loader = BatchLoader(train_data, 128, shuffle=True, augment=RandomAffine(10))
+test_loader = BatchLoader(test_data, 1000)
+loss, accuracy = train(model, "cpu", train_loader, optimizer, F.nll_loss)
+loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
+"""
+
+import math
+import os
+import random
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.ticker import LogFormatter
+from torch.utils.data import Subset
+from torchvision import datasets
+from tqdm.auto import tqdm
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
+READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
+
+
+# --- run
+
+
+def get_device():
+    """Return the best `torch.device` there is: CUDA, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def set_seed(seed):
+    """Seed Python's, NumPy's and PyTorch's global generators, and make cuDNN deterministic.
+
+    Two runs on one CPU then give bit-identical weights. `seed` is an integer, 0 to 2**32 - 1.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+
+
+# --- train and test
+
+
+class Metrics(NamedTuple):
+    """What one pass over a loader measured."""
+
+    loss: float  # mean over the samples seen
+    accuracy: float  # percent of those samples, 0 to 100
+
+
+def get_correct_pred_count(pred, target):
+    """Return how many of the N rows of `pred` (N, classes) have their maximum at `target` (N,)."""
+    return int((pred.argmax(dim=1) == target).sum())
+
+
+def train(
+    model,
+    device,
+    train_loader,
+    optimizer,
+    criterion,
+    train_losses=None,
+    train_acc=None,
+    *,
+    scheduler=None,
+    progress=True,
+):
+    """Train `model` for one epoch and return its `Metrics(loss, accuracy)`.
+
+    Loss and accuracy are those of each batch as it was trained on, so before its update.
+
+    train_loader: any iterable of (images, labels) batches; they are moved to `device`.
+    criterion: function or module of (output, labels), giving the mean over the batch, or the sum
+        where it has `reduction="sum"`.
+    train_losses, train_acc: lists to which the loss and the accuracy (percent) are appended.
+    scheduler: a learning rate scheduler that is stepped after each batch.
+    progress: show a progress bar.
+
+    Raises ValueError where the loader is empty or the criterion returns more than one number, and
+    FloatingPointError at a loss that is not finite.
+    """
+    model.train()
+    with tqdm(train_loader, "train", leave=False, disable=not progress) as bar:
+        meter = _Meter(criterion, bar)
+        for data, target in bar:
+            data = data.to(device, non_blocking=True)
+            target = target.to(device, non_blocking=True)
+            optimizer.zero_grad()
+            output = model(data)
+            loss = criterion(output, target)
+            meter.update(loss, output, target, optimizer.param_groups[0]["lr"])
+            loss.backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        return meter.finish(train_losses, train_acc)
+
+
+@torch.no_grad()
+def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, progress=True):
+    """Evaluate `model` in evaluation mode and return its `Metrics(loss, accuracy)`.
+
+    Arguments and errors as for `train`. The model's mode is restored.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(test_loader, "test", leave=False, disable=not progress) as bar:
+            meter = _Meter(criterion, bar)
+            for data, target in bar:
+                data = data.to(device, non_blocking=True)
+                target = target.to(device, non_blocking=True)
+                output = model(data)
+                meter.update(criterion(output, target), output, target)
+            return meter.finish(test_losses, test_acc)
+    finally:
+        model.train(was_training)
+
+
+test.__test__ = False  # or pytest takes it for a test wherever it is imported by name
+
+
+class _Meter:
+    """Loss and accuracy of one pass, kept on the device and read once in READ_EVERY batches."""
+
+    def __init__(self, criterion, bar):
+        self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
+        self.bar = bar
+        self.start = time.perf_counter()
+        self.unread = []  # per batch: loss, correct predictions, samples, learning rate
+        self.steps = self.samples = self.correct = self.loss_sum = 0
+        self.metrics = None
+
+    def update(self, loss, output, target, lr=None):
+        if loss.dim() != 0:
+            raise ValueError(
+                f"criterion must return one number, got a tensor of shape {tuple(loss.shape)}: "
+                'use reduction="mean" or reduction="sum"'
+            )
+        correct = (output.argmax(dim=1) == target).sum()
+        self.unread.append((loss.detach(), correct, len(target), lr))
+        if len(self.unread) == READ_EVERY:
+            self.read()
+
+    def read(self):
+        losses, correct, sizes, rates = zip(*self.unread, strict=True)
+        self.unread.clear()
+        self.correct += int(torch.stack(correct).sum())  # here the host waits for the device
+        self.samples += sum(sizes)
+        for loss, size, lr in zip(torch.stack(losses).tolist(), sizes, rates, strict=True):
+            self.steps += 1
+            if not math.isfinite(loss):
+                where = "" if lr is None else f" at learning rate {lr:g} (try a lower one)"
+                raise FloatingPointError(f"the loss became {loss} in step {self.steps}{where}")
+            self.loss_sum += loss if self.is_sum else loss * size
+        self.metrics = Metrics(self.loss_sum / self.samples, 100 * self.correct / self.samples)
+        speed = self.samples / (time.perf_counter() - self.start)
+        self.bar.set_postfix_str(
+            "loss {:.4f}, accuracy {:.2f} %, {:,.0f} images/s".format(*self.metrics, speed)
+        )
+
+    def finish(self, losses, accuracies):
+        if self.unread:
+            self.read()
+        if self.metrics is None:
+            raise ValueError("the loader is empty: expected at least one batch of (images, labels)")
+        for values, value in zip((losses, accuracies), self.metrics, strict=True):
+            if values is not None:
+                values.append(value)
+        return self.metrics
+
+
+# --- data
+
+
+def load_data(name="auto", root=None):
+    """Return `(train_data, test_data)`, with `.data` (uint8, N×28×28), `.targets` and `.classes`.
+
+    name: "MNIST", "FashionMNIST", "KMNIST" or "QMNIST", read from `root` in torchvision's layout
+        and downloaded where they are not there; "digits", scikit-learn's small set, which needs no
+        network; or "auto", MNIST where it can be had and otherwise, with a warning, "digits".
+        The two datasets carry the name that was loaded as `.name`.
+    root: folder of the data; by default the environment variable DATA_DIR, else "data".
+
+    Raises ValueError for another name and for damaged files, FileNotFoundError where the files are
+    absent and cannot be downloaded.
+    """
+    root = Path(root or os.environ.get("DATA_DIR") or "data")
+    if name == "auto":
+        try:
+            return load_data("MNIST", root)
+        except FileNotFoundError as error:
+            warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST. {error}", stacklevel=2)
+            return load_data("digits")
+    if name == "digits":
+        pair = Digits(train=True), Digits(train=False)
+    elif name in ("MNIST", "FashionMNIST", "KMNIST", "QMNIST"):
+        pair = _load_torchvision(getattr(datasets, name), root)
+    else:
+        raise ValueError(
+            f"unknown dataset {name!r}: expected 'auto', 'MNIST', 'FashionMNIST', 'KMNIST', "
+            "'QMNIST' or 'digits'"
+        )
+    for data in pair:
+        data.name = name
+    return pair
+
+
+def _load_torchvision(dataset, root):
+    folder = root / dataset.__name__ / "raw"
+    resources = dataset.resources
+    if dataset is datasets.QMNIST:
+        resources = resources["train"] + resources["test"]
+    files = [Path(address).stem for address, _ in resources]  # each is packed as NAME.gz
+    if not all((folder / file).is_file() for file in files):
+        try:
+            for train in (True, False):
+                dataset(root, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{dataset.__name__} is not in '{root}' and could not be downloaded. Put the files "
+                f"{', '.join(files)} into '{folder}', or name another folder in the environment "
+                f"variable DATA_DIR, or go without a network: load_data('digits'). ({error})"
+            ) from error
+    try:
+        return dataset(root, train=True), dataset(root, train=False)
+    except Exception as error:
+        raise ValueError(
+            f"the files in '{folder}' are damaged: delete them to download them again ({error!r})"
+        ) from error
+
+
+class Digits(datasets.MNIST):
+    """scikit-learn's 1,797 scanned digits (8×8, 17 grey levels) in MNIST's form, for use offline.
+
+    Each is enlarged to 20×20 in a frame of 28×28; 1,437 are for training and 360 for test, a fixed
+    split stratified by digit. Far fewer and easier than MNIST's: their accuracies do not compare.
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    """
+
+    def __init__(self, train=True):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        datasets.VisionDataset.__init__(self, root="scikit-learn")
+        self.train = train
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float().unsqueeze(1)  # (1797, 1, 8, 8), 0 to 16
+        images = F.interpolate(images * (255 / 16), size=(20, 20), mode="bicubic").clamp(0, 255)
+        images = F.pad(images.round().to(torch.uint8), (4, 4, 4, 4)).squeeze(1)  # (1797, 28, 28)
+        targets = torch.from_numpy(digits.target)
+        split = train_test_split(range(1797), test_size=360, stratify=targets, random_state=0)
+        index = split[0 if train else 1]
+        self.data, self.targets = images[index], targets[index]
+
+
+class BatchLoader:
+    """Batches of a dataset that lies on the device as one uint8 tensor; a fast `DataLoader`.
+
+    Each pass yields each sample once, in batches `(images, labels)`: float32 images of shape
+    (N, 1, 28, 28), scaled to 0…1 and normalised by MEAN and STD, and int64 labels of shape (N,),
+    both on `device`. The last batch may be smaller.
+
+    The order and the augmentation of a pass depend on `seed` and `epoch` alone, not on the device
+    or the global generators. `epoch` counts the passes that were exhausted and can be set: peeking
+    at a batch changes nothing, and a run resumes at any epoch.
+
+    dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers; or a `Subset` of
+        such a dataset.
+    augment: a `RandomAffine`.
+    """
+
+    def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
+        images, targets = _tensors(dataset)
+        if images.dtype != torch.uint8 or images.dim() != 3 or len(images) == 0:
+            raise ValueError(
+                "expected a dataset whose .data is uint8 of shape (N, 28, 28) with N > 0, got "
+                f"{images.dtype} of shape {tuple(images.shape)}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if augment is not None and not hasattr(augment, "draw"):
+            raise TypeError(f"augment must be a RandomAffine, got {type(augment).__name__}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+        self.images = images.unsqueeze(1).to(device)
+        self.targets = targets.long().to(device)
+
+    def __len__(self):
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self):
+        epoch, count, device = self.epoch, len(self.images), self.images.device
+        # SeedSequence mixes the two numbers, so that seed 0 in epoch 1 is not seed 1 in epoch 0.
+        state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        order = torch.arange(count)
+        if self.shuffle:
+            order = torch.randperm(count, generator=generator)
+        order = order.to(device)
+        if self.augment:
+            matrices = self.augment.draw(count, generator).to(device)
+        for start in range(0, count, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            images, targets = self.images[order[batch]], self.targets[order[batch]]
+            if self.augment:
+                images = self.augment(images.float(), matrices[batch])
+            yield images.sub(255 * MEAN).div_(255 * STD), targets
+        self.epoch = epoch + 1
+
+
+def _tensors(dataset):
+    """Return the images and the labels of a dataset or of a `Subset` of one."""
+    if isinstance(dataset, Subset):
+        images, targets = _tensors(dataset.dataset)
+        return images[dataset.indices], targets[dataset.indices]
+    targets = torch.as_tensor(dataset.targets)
+    if isinstance(dataset, datasets.QMNIST):
+        targets = targets[:, 0]  # the class; the other columns tell who wrote it, and where
+    return torch.as_tensor(dataset.data), targets
+
+
+class RandomAffine:
+    """Rotate, translate, scale and shear each image of a batch by parameters of its own.
+
+    The arguments mean what they mean to `torchvision.transforms.v2.RandomAffine`, which draws one
+    set of parameters for a whole batch. Interpolation is bilinear, translations are not rounded to
+    whole pixels, and what comes from outside the image is 0.
+
+    degrees: rotation in degrees, clockwise: a number d for (-d, d), or (low, high).
+    translate: largest shifts (horizontal, vertical) as fractions of the image's side, 0 to 1.
+    scale: (low, high), factors above 0.
+    shear: in degrees along x: a number s for (-s, s), or (low, high); or along both axes, as
+        (x low, x high, y low, y high).
+    """
+
+    def __init__(self, degrees, translate=None, scale=None, shear=None):
+        self.degrees = _symmetric(degrees)
+        self.translate = translate or (0.0, 0.0)
+        self.scale = scale or (1.0, 1.0)
+        self.shear = _symmetric(shear or 0.0)
+        if len(self.shear) == 2:
+            self.shear = (*self.shear, 0.0, 0.0)
+
+    def draw(self, count, generator=None):
+        """Draw the parameters of `count` images on the CPU, as matrices (count, 2, 3)."""
+
+        def uniform(low, high):
+            return torch.empty(count).uniform_(low, high, generator=generator)
+
+        x, y = self.translate
+        return affine_matrices(
+            angle=uniform(*self.degrees),
+            translate=torch.stack((uniform(-x, x), uniform(-y, y)), dim=1),
+            scale=uniform(*self.scale),
+            shear=torch.stack((uniform(*self.shear[:2]), uniform(*self.shear[2:])), dim=1),
+        )
+
+    def __call__(self, images, matrices=None):
+        """Transform float images (N, C, S, S) with black at 0; draw where no matrices are given."""
+        if matrices is None:
+            matrices = self.draw(len(images)).to(images.device)
+        grid = F.affine_grid(matrices, images.shape, align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
+
+
+def _symmetric(value):
+    return (-value, value) if isinstance(value, (int, float)) else tuple(value)
+
+
+def affine_matrices(angle, translate, scale, shear):
+    """Return the matrices (N, 2, 3) with which `F.affine_grid` transforms N square images.
+
+    angle (N,) and shear (N, 2) in degrees, translate (N, 2) in fractions of the side, scale (N,).
+    With x right and y down from the image's centre, a point p moves to
+    scale · R(angle) · Y(shear y) · X(shear x) · p + translate, as in torchvision's `affine`.
+    """
+    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
+    tan_x, tan_y = shear.deg2rad().tan().unbind(dim=1)
+    # The grid tells where each output pixel comes from, so this is the inverse of the linear part.
+    # R·Y·X has determinant 1.
+    a, b = cos + sin * tan_y, sin - cos * tan_y  # first column of R·Y
+    c, d = -sin - a * tan_x, cos - b * tan_x  # second column of R·Y·X
+    inverse = torch.stack((d, -c, -b, a), dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
+    shift = inverse @ (2 * translate).unsqueeze(2)  # the grid's coordinates run from -1 to 1
+    return torch.cat((inverse, -shift), dim=2)
+
+
+# --- plots
+
+
+def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=None):
+    """Plot loss and accuracy (percent) per epoch, train against test, and return the `Figure`."""
+    lengths = [len(values) for values in (train_losses, train_acc, test_losses, test_acc)]
+    if len(set(lengths)) != 1 or lengths[0] == 0:
+        raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
+    epochs = range(1, lengths[0] + 1)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, curves, name, final in (
+        (left, (train_losses, test_losses), "loss", "{} {:.4f}"),
+        (right, (train_acc, test_acc), "accuracy (%)", "{} {:.2f} %"),
+    ):
+        for label, values in zip(("train", "test"), curves, strict=True):
+            axes.plot(epochs, values, marker=".", label=final.format(label, values[-1]))
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(title=f"after epoch {lengths[0]}")
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(LogFormatter())
+    left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_sample_data(data_loader, *, title=None):
+    """Plot up to 24 images of the first batch as they enter the model and return the `Figure`.
+
+    Each bears its class's name where the loader's dataset has `.classes`, else its label.
+    """
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+        images, labels = next(iter(data_loader))
+    dataset = getattr(data_loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    classes = getattr(dataset, "classes", None)
+    fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
+    low, high = float(images.min()), float(images.max())
+    for axes, image, label in zip(grid.flat, images.cpu(), labels.tolist(), strict=False):
+        axes.imshow(image.squeeze(0), cmap="gray", vmin=low, vmax=high)
+        axes.set_title(classes[label] if classes else label, fontsize=9)
+    for axes in grid.flat:
+        axes.axis("off")
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
