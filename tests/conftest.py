@@ -1,0 +1,33 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def mnist_root():
+    """The folder with MNIST's files; without them a test skips, or fails under REQUIRE_MNIST."""
+    root = Path(os.environ.get("DATA_DIR") or ROOT / "data").resolve()
+    if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+        give_up = pytest.fail if os.environ.get("REQUIRE_MNIST") else pytest.skip
+        give_up("MNIST is neither in $DATA_DIR nor in data/; running the notebook downloads it")
+    return root
+
+
+@pytest.fixture
+def linear():
+    """A small model without batch norm: its outputs do not depend on the batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10), nn.LogSoftmax(dim=1))
+
+
+@pytest.fixture
+def samples():
+    """250 images as they enter a model, with labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(250, 1, 28, 28, generator=generator)
+    return torch.utils.data.TensorDataset(images, torch.arange(250) % 10)

@@ -1,0 +1,50 @@
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Net
+
+
+@pytest.mark.parametrize("num_classes", [10, 4])
+def test_output_is_log_probabilities(num_classes):
+    output = Net(num_classes=num_classes)(torch.randn(7, 1, 28, 28))
+    assert output.shape == (7, num_classes)
+    torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(7))
+
+
+def test_both_criteria_agree():
+    output, target = Net()(torch.randn(7, 1, 28, 28)), torch.arange(7)
+    torch.testing.assert_close(F.nll_loss(output, target), nn.CrossEntropyLoss()(output, target))
+
+
+def test_size_is_as_documented():
+    count = sum(parameter.numel() for parameter in Net().parameters())
+    assert count <= 200_000
+    assert f"{count:,} parameters" in Net.__doc__
+
+
+def test_each_layer_is_a_named_module():
+    kinds = [type(module) for _, module in Net().named_children()]
+    for kind in (nn.Conv2d, nn.MaxPool2d, nn.Linear):
+        assert kind in kinds
+
+
+def test_convolutions_pass_through_relu(monkeypatch):
+    smallest, relu = [], F.relu
+
+    def spy(x):
+        smallest.append(relu(x).min().item())
+        return relu(x)
+
+    monkeypatch.setattr(F, "relu", spy)
+    Net()(torch.randn(7, 1, 28, 28))
+    convolutions = [module for module in Net().children() if isinstance(module, nn.Conv2d)]
+    assert len(smallest) >= len(convolutions) and min(smallest) == 0
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (5, 1, 32, 32)])
+def test_wrong_shape_names_both(shape):
+    with pytest.raises(ValueError) as error:
+        Net()(torch.zeros(shape))
+    assert "(N, 1, 28, 28)" in str(error.value) and str(shape) in str(error.value)
