@@ -445,7 +445,7 @@ def plot_sample_data(data_loader, *, title=None):
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
     low, high = float(images.min()), float(images.max())
     for axes, image, label in zip(grid.flat, images.cpu(), labels.tolist(), strict=False):
-        axes.imshow(image.squeeze(0), cmap="gray", vmin=low, vmax=high)
+        axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
         axes.set_title(classes[label] if classes else label, fontsize=9)
     for axes in grid.flat:
         axes.axis("off")

@@ -43,7 +43,9 @@ def test_convolutions_pass_through_relu(monkeypatch):
     assert len(smallest) >= len(convolutions) and min(smallest) == 0
 
 
-@pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (5, 1, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (5, 1, 32, 32)]
+)
 def test_wrong_shape_names_both(shape):
     with pytest.raises(ValueError) as error:
         Net()(torch.zeros(shape))

@@ -1,0 +1,320 @@
+import copy
+import re
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, ToTensor, v2
+from torchvision.transforms.v2.functional import affine
+
+import utils
+from utils import BatchLoader, RandomAffine
+
+NAMES = ["MNIST", "FashionMNIST", "KMNIST", "QMNIST"]
+
+
+def write_idx(path, array):
+    """Write a NumPy array in the idx format of MNIST's files."""
+    code = {"uint8": 8, "int32": 12}[str(array.dtype)]
+    header = np.array([code * 256 + array.ndim, *array.shape], dtype=">i4")
+    path.write_bytes(header.tobytes() + array.astype(array.dtype.newbyteorder(">")).tobytes())
+
+
+def write_dataset(root, name, counts=(30, 20)):
+    """Write random images in torchvision's layout: 30 for training, 20 for test."""
+    folder, generator = root / name / "raw", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for split, count in zip(("train", "t10k"), counts, strict=True):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        if name == "QMNIST":
+            split = {"train": "qmnist-train", "t10k": "qmnist-test"}[split]
+            rows = np.stack([labels, *[labels + 10] * 7], axis=1).astype(np.int32)
+            write_idx(folder / f"{split}-labels-idx2-int", rows)
+        else:
+            write_idx(folder / f"{split}-labels-idx1-ubyte", labels)
+        write_idx(folder / f"{split}-images-idx3-ubyte", images)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Let every download fail, as on a machine without a network."""
+
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+
+
+# --- load_data
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, name):
+    write_dataset(tmp_path, name)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    for pair in (utils.load_data(name), utils.load_data(name, root=str(tmp_path))):
+        for data, count in zip(pair, (30, 20), strict=True):
+            assert type(data) is getattr(datasets, name) and data.name == name
+            assert data.data.shape == (count, 28, 28) and data.data.dtype == torch.uint8
+            assert len(data.classes) == 10
+            _, labels = next(iter(BatchLoader(data, count)))
+            assert torch.equal(labels, torch.arange(count) % 10)
+
+
+def test_auto_is_mnist_where_it_lies(tmp_path, offline):
+    write_dataset(tmp_path, "MNIST")
+    assert [data.name for data in utils.load_data(root=tmp_path)] == ["MNIST", "MNIST"]
+
+
+def test_root_defaults_to_data(tmp_path, monkeypatch, offline):
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data", "MNIST")
+    assert len(utils.load_data("MNIST")[0]) == 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failed_download_says_what_to_do(tmp_path, offline, name):
+    with pytest.raises(FileNotFoundError) as error:
+        utils.load_data(name, tmp_path)
+    file = "qmnist-train-images-idx3-ubyte" if name == "QMNIST" else "train-images-idx3-ubyte"
+    for part in (name, "no network", file, str(tmp_path / name / "raw"), "DATA_DIR", "'digits'"):
+        assert part in str(error.value)
+
+
+def test_auto_falls_back_to_digits_with_a_warning(tmp_path, offline):
+    with pytest.warns(UserWarning, match="(?s)'digits' INSTEAD OF MNIST.*no network"):
+        train_data, test_data = utils.load_data("auto", tmp_path)
+    assert train_data.name == test_data.name == "digits"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03", b"not an idx file" * 100])
+def test_auto_never_replaces_damaged_files(tmp_path, offline, content):
+    write_dataset(tmp_path, "MNIST")
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    for name in ("auto", "MNIST"):
+        with pytest.raises(ValueError, match="(?s)MNIST.*damaged.*delete"):
+            utils.load_data(name, tmp_path)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="'mnist'.*'MNIST'"):
+        utils.load_data("mnist")
+
+
+def test_mnist(mnist_root):
+    train_data, test_data = utils.load_data("MNIST", mnist_root)
+    assert (len(train_data), len(test_data)) == (60_000, 10_000)
+    pixels = train_data.data / 255
+    assert pixels.mean().item() == pytest.approx(utils.MEAN, abs=1e-4)
+    assert pixels.std().item() == pytest.approx(utils.STD, abs=1e-4)
+
+
+def test_digits():
+    train_data, test_data = utils.load_data("digits")
+    assert (len(train_data), len(test_data)) == (1437, 360)
+    assert len(torch.cat((train_data.data, test_data.data)).unique(dim=0)) == 1797  # none twice
+    again, _ = utils.load_data("digits")
+    assert torch.equal(train_data.data, again.data)
+    for data in (train_data, test_data):
+        assert data.data.dtype == torch.uint8 and data.data.shape[1:] == (28, 28)
+        assert data.data.max() == 255
+        box = torch.zeros(28, 28, dtype=torch.bool)
+        box[4:24, 4:24] = True
+        assert data.data[:, ~box].max() == 0 and data.data[:, 4:24, 4:24].amax(dim=(0, 1)).min() > 0
+        shares = data.targets.bincount() / len(data)
+        assert len(shares) == len(data.classes) == 10
+        assert shares.min() > 0.09 and shares.max() < 0.11
+    train_data.transform = ToTensor()
+    images, labels = next(iter(DataLoader(train_data, 5)))
+    assert images.shape == (5, 1, 28, 28) and labels.tolist() == train_data.targets[:5].tolist()
+
+
+# --- BatchLoader
+
+
+def numbered(count):
+    """A dataset in which image i shows i as pixel values and bears i as its label."""
+    dataset = TensorDataset()
+    number = torch.arange(count)
+    dataset.data = torch.zeros(count, 28, 28, dtype=torch.uint8)
+    dataset.data[:, 0, 0], dataset.data[:, 0, 1] = number // 256, number % 256
+    dataset.targets = number
+    return dataset
+
+
+def numbers(images):
+    """The numbers that a batch of `numbered` shows."""
+    pixels = (images[:, 0, 0, :2] * utils.STD + utils.MEAN) * 255
+    return (pixels.round() @ torch.tensor([256.0, 1.0])).long()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("count, batch_size", [(1, 1), (10, 3), (12, 4), (7, 100), (1000, 128)])
+def test_each_sample_comes_once(count, batch_size, shuffle):
+    dataset = numbered(count)
+    loader = BatchLoader(dataset, batch_size, shuffle=shuffle)
+    batches = list(loader)
+    assert loader.dataset is dataset and len(loader) == len(batches)
+    sizes = [len(labels) for _, labels in batches]
+    assert sizes[:-1] == [batch_size] * (len(batches) - 1) and sum(sizes) == count
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert images.dtype == torch.float32 and images.shape == (count, 1, 28, 28)
+    assert labels.dtype == torch.int64
+    assert torch.equal(numbers(images), labels)
+    assert torch.equal(labels.sort().values, torch.arange(count))
+    assert torch.equal(labels, torch.arange(count)) == (not shuffle or count == 1)
+
+
+def augmented(seed=0):
+    return BatchLoader(numbered(50), 20, shuffle=True, augment=RandomAffine(30), seed=seed)
+
+
+def passes(loader, count=1):
+    """The images and labels of some passes, joined."""
+    batches = [batch for _ in range(count) for batch in loader]
+    return torch.cat(
+        [torch.cat((images.flatten(1), labels[:, None]), 1) for images, labels in batches]
+    )
+
+
+def test_a_pass_is_a_function_of_seed_and_epoch():
+    epochs = [passes(loader) for loader in [augmented()] * 3]
+    assert not torch.equal(epochs[0], epochs[1])
+    torch.manual_seed(1)
+    resumed = augmented()
+    resumed.epoch = 2
+    assert torch.equal(passes(resumed), epochs[2])
+    assert not torch.equal(passes(augmented(seed=1)), epochs[1])
+    assert not torch.equal(passes(augmented(seed=1)), epochs[0])
+
+
+def test_peeking_changes_nothing():
+    peeked = augmented()
+    for _ in range(3):
+        next(iter(peeked))
+    utils.plot_sample_data(peeked)
+    for _, _ in zip(range(2), peeked, strict=False):
+        pass
+    assert peeked.epoch == 0
+    assert torch.equal(passes(peeked, 2), passes(augmented(), 2)) and peeked.epoch == 2
+
+
+def test_global_generators_stay_as_they_are():
+    before = torch.get_rng_state(), copy.deepcopy(np.random.get_state())
+    passes(augmented())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1][1])
+
+
+def test_augmentation_keeps_images_with_their_labels():
+    dataset = numbered(40)
+    dataset.data[:] = dataset.targets[:, None, None] * 5  # uniform images
+    loader = BatchLoader(dataset, 16, shuffle=True, augment=RandomAffine(30))
+    for images, labels in loader:
+        centre = (images[:, 0, 14, 14] * utils.STD + utils.MEAN) * 51
+        torch.testing.assert_close(centre, labels.float())
+
+
+def test_subset():
+    chosen = Subset(Subset(numbered(50), range(10, 50)), [0, 5, 39])
+    (_, labels), *rest = BatchLoader(chosen, 10)
+    assert labels.tolist() == [10, 15, 49] and not rest
+
+
+def test_loader_refuses_what_it_cannot_batch():
+    floats, flat = numbered(5), numbered(5)
+    floats.data, flat.data = floats.data.float(), flat.data.flatten(1)
+    for dataset, shape in (
+        (floats, "(5, 28, 28)"),
+        (flat, "(5, 784)"),
+        (numbered(0), "(0, 28, 28)"),
+    ):
+        with pytest.raises(ValueError, match=r"uint8.*\(N, 28, 28\).*" + re.escape(shape)):
+            BatchLoader(dataset, 2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        BatchLoader(numbered(5), 0)
+    with pytest.raises(TypeError, match="must be a RandomAffine, got RandomRotation"):
+        BatchLoader(numbered(5), 2, augment=v2.RandomRotation(5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_gpu_and_cpu_see_the_same_batches():
+    train_data, _ = utils.load_data("digits")
+    options = {"shuffle": True, "augment": RandomAffine(10, (0.1, 0.1)), "seed": 3}
+    loaders = [BatchLoader(train_data, 100, device=device, **options) for device in ("cpu", "cuda")]
+    for (images, labels), (gpu_images, gpu_labels) in zip(*loaders, strict=True):
+        assert torch.equal(labels, gpu_labels.cpu())
+        torch.testing.assert_close(images, gpu_images.cpu(), atol=1e-4, rtol=1e-4)
+
+
+# --- RandomAffine
+
+
+@pytest.mark.parametrize(
+    "angle, translate, scale, shear",
+    [
+        (0, (0, 0), 1, (0, 0)),
+        (30, (0, 0), 1, (0, 0)),
+        (0, (3, -5), 1, (0, 0)),
+        (0, (0, 0), 1.3, (0, 0)),
+        (0, (0, 0), 1, (20, 0)),
+        (0, (0, 0), 1, (0, 15)),
+        (-40, (-2, 4), 0.8, (10, -25)),
+        (170, (6, 1), 1.1, (-12, 7)),
+    ],
+)
+def test_affine_is_torchvisions(angle, translate, scale, shear):
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    matrices = utils.affine_matrices(
+        torch.full((3,), float(angle)),
+        torch.tensor([translate] * 3) / 28,
+        torch.full((3,), float(scale)),
+        torch.tensor([shear] * 3).float(),
+    )
+    expected = affine(
+        images, angle, list(translate), scale, list(shear), interpolation=InterpolationMode.BILINEAR
+    )
+    torch.testing.assert_close(RandomAffine(0)(images, matrices), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((7,), (-7, 7, 0, 0, 1, 1, 0, 0, 0, 0)),
+        (((3, 9),), (3, 9, 0, 0, 1, 1, 0, 0, 0, 0)),
+        ((0, (0.1, 0.2)), (0, 0, 0.1, 0.2, 1, 1, 0, 0, 0, 0)),
+        ((0, None, (0.5, 2)), (0, 0, 0, 0, 0.5, 2, 0, 0, 0, 0)),
+        ((0, None, None, 6), (0, 0, 0, 0, 1, 1, -6, 6, 0, 0)),
+        ((0, None, None, (2, 6)), (0, 0, 0, 0, 1, 1, 2, 6, 0, 0)),
+        ((0, None, None, (2, 6, -3, -1)), (0, 0, 0, 0, 1, 1, 2, 6, -3, -1)),
+    ],
+)
+def test_parameters_fill_their_ranges(monkeypatch, arguments, expected):
+    drawn = {}
+    monkeypatch.setattr(utils, "affine_matrices", lambda **kwargs: drawn.update(kwargs))
+    RandomAffine(*arguments).draw(2000, torch.Generator().manual_seed(0))
+    low, high, x, y, small, large, *shear = map(float, expected)
+    for values, start, end in (
+        (drawn["angle"], low, high),
+        (drawn["translate"][:, 0], -x, x),
+        (drawn["translate"][:, 1], -y, y),
+        (drawn["scale"], small, large),
+        (drawn["shear"][:, 0], *shear[:2]),
+        (drawn["shear"][:, 1], *shear[2:]),
+    ):
+        slack = 0.01 * (end - start) + 1e-6
+        assert start - 1e-6 <= values.min() <= start + slack
+        assert end - slack <= values.max() <= end + 1e-6
+
+
+def test_each_image_has_parameters_of_its_own():
+    images = torch.rand(1, 1, 28, 28).expand(8, 1, 28, 28)
+    turned = RandomAffine(90)(images)
+    assert turned.shape == images.shape and len(turned.unique(dim=0)) == 8
+    torch.testing.assert_close(RandomAffine(0)(images), images)

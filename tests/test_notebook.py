@@ -1,0 +1,186 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+import utils
+
+# A proxy that refuses every connection: the processes that a test starts have no network.
+OFFLINE = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
+EPOCH = re.compile(
+    r"^Epoch (\d+)/(\d+)  train loss [\d.]+ accuracy [\d.]+ %"
+    r"  test loss [\d.]+ accuracy ([\d.]+) %  [\d.]+ s$",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the notebook, model.py and utils.py and nothing more, to run in, offline."""
+    for name in ("S5.ipynb", "model.py", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def stdout(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def pictures(cell):
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def check_run(notebook, dataset, epochs):
+    """Check the lines and the pictures of an executed notebook; return its final accuracy."""
+    printed = stdout(notebook)
+    lines = EPOCH.findall(printed)
+    assert [(int(epoch), int(total)) for epoch, total, _ in lines] == [
+        (epoch, epochs) for epoch in range(1, epochs + 1)
+    ]
+    accuracy = lines[-1][2]
+    last = f"Final test accuracy: {accuracy} % ({dataset}, epoch {epochs})"
+    assert printed.splitlines()[-1] == last
+    for cell in code_cells(notebook):
+        assert pictures(cell) == ("plot_" in cell.source and "import" not in cell.source)
+        assert not [
+            o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"
+        ]
+    return float(accuracy)
+
+
+def test_runs_on_digits(folder):
+    notebook = papermill.execute_notebook(
+        "S5.ipynb", None, {"DATASET": "digits", "EPOCHS": 4}, progress_bar=False
+    )
+    assert check_run(notebook, "digits", 4) > 80
+    for name in ("samples.png", "curves.png", "model.pt"):
+        assert (folder / "runs" / name).stat().st_size > 1000
+
+
+def test_runs_on_mnist(folder, mnist_root, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(mnist_root))
+    notebook = papermill.execute_notebook("S5.ipynb", None, {"EPOCHS": 1}, progress_bar=False)
+    assert check_run(notebook, "MNIST", 1) > 98
+
+
+def test_running_again_gives_the_same_again(folder):
+    """Restart and run all twice; then the cell with the loop once more, and the curves."""
+    outputs = []
+    for _ in range(2):
+        notebook = nbformat.read("S5.ipynb", as_version=4)
+        for cell in code_cells(notebook):
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source += '\nDATASET, EPOCHS = "digits", 2'
+        loop, curves = (
+            next(cell for cell in code_cells(notebook) if word in cell.source)
+            for word in ("for epoch in", "plot_train_metrics(\n")
+        )
+        notebook.cells += [nbformat.from_dict({**loop, "id": "loop-again"})]
+        notebook.cells += [nbformat.from_dict({**curves, "id": "curves-again"})]
+        NotebookClient(notebook, resources={"metadata": {"path": "."}}).execute()
+        assert pictures(notebook.cells[-1]) == 1
+        outputs.append(
+            [
+                re.sub(r"  [\d.]+ s$", "", text, flags=re.M)
+                for text in (stdout_of(loop), stdout_of(notebook.cells[-2]))
+            ]
+        )
+    first, again = outputs[0]
+    assert first == again and outputs[0] == outputs[1] and "Epoch 2/2" in first
+
+
+def stdout_of(cell):
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+
+def test_exported_script_falls_back_to_digits(folder):
+    papermill.execute_notebook("S5.ipynb", "small.ipynb", {"EPOCHS": 1}, prepare_only=True)
+    convert = ["nbconvert", "--to", "script", "--output", "S5", "small.ipynb"]
+    subprocess.run([sys.executable, "-m", *convert], check=True)
+    run = subprocess.run([sys.executable, "S5.py"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"Final test accuracy: [\d.]+ % \(digits, epoch 1\)$", run.stdout.strip())
+    assert "'digits' INSTEAD OF MNIST" in run.stderr
+    assert (folder / "runs" / "curves.png").is_file()
+
+
+def run_setup(folder, **replace):
+    """Run the notebook's set-up cell as a script in `folder`."""
+    notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
+    source = next(cell.source for cell in code_cells(notebook) if "REPO_URL" in cell.source)
+    for name, value in replace.items():
+        assert f'{name} = ""' in source
+        source = source.replace(f'{name} = ""', f"{name} = {value!r}")
+    source += "\nprint(Path.cwd().name)"
+    return subprocess.run(
+        [sys.executable, "-c", source], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_setup_without_the_helpers_says_what_to_do(tmp_path):
+    run = run_setup(tmp_path)
+    assert run.returncode == 1
+    for part in ("FileNotFoundError", "model.py", "utils.py", "Upload", "REPO_URL"):
+        assert part in run.stderr
+
+
+def test_setup_clones_the_repository(tmp_path):
+    origin, colab = tmp_path / "origin", tmp_path / "colab"
+    colab.mkdir()
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "init", "-q", origin], check=True)
+    shutil.copy(ROOT / "model.py", origin)
+    subprocess.run(["git", "-C", origin, "add", "model.py"], check=True)
+    subprocess.run(["git", "-C", origin, *identity, "commit", "-qm", "model"], check=True)
+    for _ in range(2):  # the second time as after a restart of the kernel
+        run = run_setup(colab, REPO_URL=str(origin))
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1] == "mnist" and (colab / "mnist" / "model.py").is_file()
+
+
+# --- what is committed
+
+
+def test_committed_notebook_is_one_clean_run_on_mnist():
+    notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    parameters = {}
+    (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    exec(tagged.source, parameters)
+    accuracy = check_run(notebook, "MNIST", parameters["EPOCHS"])
+    assert f"{accuracy:.2f} %" in (ROOT / "README.md").read_text()
+
+
+def test_readme_names_every_public_helper():
+    readme = (ROOT / "README.md").read_text()
+    public = [
+        name
+        for name, value in vars(utils).items()
+        if getattr(value, "__module__", "") == "utils" and not name.startswith("_")
+    ]
+    assert "train" in public and "BatchLoader" in public
+    for name in public:
+        assert re.search(rf"^\|.*`{name}\b", readme, re.MULTILINE), name
+
+
+def test_utils_does_not_import_model():
+    code = "import sys, utils; sys.exit('model' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
