@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.norm3 = nn.BatchNorm2d(64)
         self.fc1 = nn.Linear(64 * 3 * 3, 64)
         self.fc2 = nn.Linear(64, num_classes)
-        self.to(memory_format=torch.channels_last)  # halves a training step on a CPU
+        self.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
 
     def forward(self, x):
         if x.dim() != 4 or x.shape[1:] != (1, 28, 28):

@@ -12,6 +12,7 @@ import os
 import random
 import time
 import warnings
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch.utils.data import Subset
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 from tqdm.auto import tqdm
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
@@ -95,7 +97,7 @@ def train(
     model.train()
     with tqdm(train_loader, "train", leave=False, disable=not progress) as bar:
         meter = _Meter(criterion, bar)
-        for data, target in bar:
+        for data, target in train_loader:
             data = data.to(device, non_blocking=True)
             target = target.to(device, non_blocking=True)
             optimizer.zero_grad()
@@ -120,7 +122,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     try:
         with tqdm(test_loader, "test", leave=False, disable=not progress) as bar:
             meter = _Meter(criterion, bar)
-            for data, target in bar:
+            for data, target in test_loader:
                 data = data.to(device, non_blocking=True)
                 target = target.to(device, non_blocking=True)
                 output = model(data)
@@ -151,9 +153,11 @@ class _Meter:
                 'use reduction="mean" or reduction="sum"'
             )
         correct = (output.argmax(dim=1) == target).sum()
+        lr = None if lr is None else lr + 0  # a copy, where a scheduler changes a tensor in place
         self.unread.append((loss.detach(), correct, len(target), lr))
         if len(self.unread) == READ_EVERY:
             self.read()
+        self.bar.update()
 
     def read(self):
         losses, correct, sizes, rates = zip(*self.unread, strict=True)
@@ -198,7 +202,7 @@ def load_data(name="auto", root=None):
     Raises ValueError for another name and for damaged files, FileNotFoundError where the files are
     absent and cannot be downloaded.
     """
-    root = Path(root or os.environ.get("DATA_DIR") or "data")
+    root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
     if name == "auto":
         try:
             return load_data("MNIST", root)
@@ -220,26 +224,26 @@ def load_data(name="auto", root=None):
 
 
 def _load_torchvision(dataset, root):
-    folder = root / dataset.__name__ / "raw"
+    folder, name = root / dataset.__name__ / "raw", dataset.__name__
     resources = dataset.resources
     if dataset is datasets.QMNIST:
         resources = resources["train"] + resources["test"]
-    files = [Path(address).stem for address, _ in resources]  # each is packed as NAME.gz
-    if not all((folder / file).is_file() for file in files):
-        try:
-            for train in (True, False):
-                dataset(root, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"{dataset.__name__} is not in '{root}' and could not be downloaded. Put the files "
-                f"{', '.join(files)} into '{folder}', or name another folder in the environment "
-                f"variable DATA_DIR, or go without a network: load_data('digits'). ({error})"
-            ) from error
+    files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
+    archives = [(folder / Path(address).name, md5) for address, md5 in resources]
+    damaged = any(path.exists() and not check_integrity(path, md5) for path, md5 in archives)
     try:
-        return dataset(root, train=True), dataset(root, train=False)
+        return tuple(dataset(root, train=train, download=True) for train in (True, False))
     except Exception as error:
-        raise ValueError(
-            f"the files in '{folder}' are damaged: delete them to download them again ({error!r})"
+        if damaged or all(file.exists() for file in files):
+            raise ValueError(
+                f"the files in '{folder}' are damaged ({error!r}): delete that folder to download "
+                "them again"
+            ) from error
+        raise FileNotFoundError(
+            f"{name} is not in '{root}' and could not be downloaded. Put "
+            f"{', '.join(file.name for file in files)} into '{folder}', or name another folder in "
+            "the environment variable DATA_DIR, or go without a network: load_data('digits'). "
+            f"What was tried: {error}"
         ) from error
 
 
@@ -279,16 +283,20 @@ class BatchLoader:
     at a batch changes nothing, and a run resumes at any epoch.
 
     dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers; or a `Subset` of
-        such a dataset.
+        such a dataset. Its transforms are not applied.
     augment: a `RandomAffine`.
     """
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
         images, targets = _tensors(dataset)
-        if images.dtype != torch.uint8 or images.dim() != 3 or len(images) == 0:
+        if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or len(images) == 0:
             raise ValueError(
                 "expected a dataset whose .data is uint8 of shape (N, 28, 28) with N > 0, got "
                 f"{images.dtype} of shape {tuple(images.shape)}"
+            )
+        if targets.shape != images.shape[:1]:
+            raise ValueError(
+                f"expected one label for each of {len(images)} images, got {tuple(targets.shape)}"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -331,6 +339,11 @@ def _tensors(dataset):
     if isinstance(dataset, Subset):
         images, targets = _tensors(dataset.dataset)
         return images[dataset.indices], targets[dataset.indices]
+    if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
+        raise TypeError(
+            "expected a dataset with .data and .targets, such as load_data returns, got "
+            f"{type(dataset).__name__}; for others there is torch.utils.data.DataLoader"
+        )
     targets = torch.as_tensor(dataset.targets)
     if isinstance(dataset, datasets.QMNIST):
         targets = targets[:, 0]  # the class; the other columns tell who wrote it, and where
@@ -358,6 +371,13 @@ class RandomAffine:
         self.shear = _symmetric(shear or 0.0)
         if len(self.shear) == 2:
             self.shear = (*self.shear, 0.0, 0.0)
+        x, y = self.translate
+        small, large = self.scale
+        if not (0 <= x <= 1 and 0 <= y <= 1 and 0 < small <= large):
+            raise ValueError(
+                "expected translate=(0 to 1, 0 to 1) and scale=(low, high) with 0 < low <= high, "
+                f"got {translate} and {scale}"
+            )
 
     def draw(self, count, generator=None):
         """Draw the parameters of `count` images on the CPU, as matrices (count, 2, 3)."""
@@ -382,7 +402,11 @@ class RandomAffine:
 
 
 def _symmetric(value):
-    return (-value, value) if isinstance(value, (int, float)) else tuple(value)
+    if not isinstance(value, Real):
+        return tuple(value)
+    if value < 0:
+        raise ValueError(f"expected an angle of at least 0, or its range (low, high), got {value}")
+    return (-value, value)
 
 
 def affine_matrices(angle, translate, scale, shear):
@@ -420,12 +444,13 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
         for label, values in zip(("train", "test"), curves, strict=True):
             axes.plot(epochs, values, marker=".", label=final.format(label, values[-1]))
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(title=f"after epoch {lengths[0]}")
     left.set_yscale("log")
-    left.yaxis.set_major_formatter(LogFormatter())
-    left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
     fig.suptitle(title)
     plt.close(fig)
     return fig
@@ -437,7 +462,11 @@ def plot_sample_data(data_loader, *, title=None):
     Each bears its class's name where the loader's dataset has `.classes`, else its label.
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-        images, labels = next(iter(data_loader))
+        images, labels = next(iter(data_loader), (torch.empty(0), None))
+    if images.dim() != 4 or images.shape[1] != 1:
+        raise ValueError(
+            f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
+        )
     dataset = getattr(data_loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset

@@ -1,4 +1,5 @@
 import copy
+import http.client
 import re
 import urllib.error
 import urllib.request
@@ -102,12 +103,36 @@ def test_auto_never_replaces_damaged_files(tmp_path, offline, content):
             utils.load_data(name, tmp_path)
 
 
+def test_auto_never_replaces_damaged_archives(tmp_path, offline):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(b"half of a file")
+    with pytest.raises(ValueError, match="(?s)MNIST.*damaged.*delete"):
+        utils.load_data("auto", tmp_path)
+
+
+def test_a_connection_that_breaks_off_is_a_failed_download(tmp_path, monkeypatch):
+    def break_off(*args, **kwargs):
+        raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(urllib.request, "urlopen", break_off)
+    with pytest.raises(FileNotFoundError, match="(?s)could not be downloaded.*IncompleteRead"):
+        utils.load_data("MNIST", tmp_path)
+
+
+def test_home_is_expanded(tmp_path, monkeypatch, offline):
+    write_dataset(tmp_path, "MNIST")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_DIR", "~")
+    assert len(utils.load_data("MNIST")[0]) == 30
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="'mnist'.*'MNIST'"):
         utils.load_data("mnist")
 
 
-def test_mnist(mnist_root):
+def test_mnist(mnist_root, offline):
     train_data, test_data = utils.load_data("MNIST", mnist_root)
     assert (len(train_data), len(test_data)) == (60_000, 10_000)
     pixels = train_data.data / 255
@@ -121,6 +146,7 @@ def test_digits():
     assert len(torch.cat((train_data.data, test_data.data)).unique(dim=0)) == 1797  # none twice
     again, _ = utils.load_data("digits")
     assert torch.equal(train_data.data, again.data)
+    assert test_data.targets[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
     for data in (train_data, test_data):
         assert data.data.dtype == torch.uint8 and data.data.shape[1:] == (28, 28)
         assert data.data.max() == 255
@@ -237,6 +263,12 @@ def test_loader_refuses_what_it_cannot_batch():
     ):
         with pytest.raises(ValueError, match=r"uint8.*\(N, 28, 28\).*" + re.escape(shape)):
             BatchLoader(dataset, 2)
+    short = numbered(5)
+    short.targets = short.targets[:3]
+    with pytest.raises(ValueError, match=r"each of 5 images.*\(3,\)"):
+        BatchLoader(short, 2)
+    with pytest.raises(TypeError, match="data and .targets.*TensorDataset.*DataLoader"):
+        BatchLoader(TensorDataset(torch.zeros(5, 1, 28, 28)), 2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         BatchLoader(numbered(5), 0)
     with pytest.raises(TypeError, match="must be a RandomAffine, got RandomRotation"):
@@ -318,3 +350,19 @@ def test_each_image_has_parameters_of_its_own():
     turned = RandomAffine(90)(images)
     assert turned.shape == images.shape and len(turned.unique(dim=0)) == 8
     torch.testing.assert_close(RandomAffine(0)(images), images)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((-5,), "angle of at least 0.*got -5"),
+        ((0, None, None, -5), "angle of at least 0.*got -5"),
+        ((0, (2, 0)), r"translate.*got \(2, 0\)"),
+        ((0, (0, -0.1)), r"translate.*got \(0, -0.1\)"),
+        ((0, None, (0, 1)), r"scale.*and \(0, 1\)"),
+        ((0, None, (1.2, 0.8)), r"scale.*and \(1.2, 0.8\)"),
+    ],
+)
+def test_parameters_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RandomAffine(*arguments)

@@ -1,3 +1,5 @@
+import re
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -59,3 +61,11 @@ def test_plot_sample_data_takes_any_loader(samples):
     train_data, _ = utils.load_data("digits")
     subset = utils.BatchLoader(Subset(train_data, [0]), 5)
     assert titles(utils.plot_sample_data(subset)) == [train_data.classes[train_data.targets[0]]]
+
+
+@pytest.mark.parametrize(
+    "loader, shape", [([], "(0,)"), ([(torch.zeros(2, 784), torch.zeros(2))], "(2, 784)")]
+)
+def test_plot_sample_data_refuses_what_is_no_image(loader, shape):
+    with pytest.raises(ValueError, match=r"\(N, 1, H, W\), got " + re.escape(shape)):
+        utils.plot_sample_data(loader)

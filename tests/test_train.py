@@ -50,7 +50,8 @@ def test_call_forms(linear, samples, device):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("kind", ["uneven", "sampler", "subset", "drop_last", "generator"])
-def test_metrics_are_means_over_the_samples_seen(linear, samples, criterion, kind):
+@pytest.mark.parametrize("function", ["train", "test"])
+def test_metrics_are_means_over_the_samples_seen(linear, samples, function, criterion, kind):
     chosen = [samples[i] for i in range(70)]
     loader = {
         "uneven": DataLoader(Subset(samples, range(70)), 32),
@@ -59,7 +60,10 @@ def test_metrics_are_means_over_the_samples_seen(linear, samples, criterion, kin
         "drop_last": DataLoader(Subset(samples, range(99)), 35, drop_last=True),
         "generator": (batch for batch in DataLoader(Subset(samples, range(70)), 32)),
     }[kind]
-    loss, accuracy = utils.test(linear, "cpu", loader, criterion, progress=False)
+    if function == "train":  # at learning rate 0 the model stays as it is
+        loss, accuracy = utils.train(linear, "cpu", loader, sgd(linear, lr=0.0), criterion)
+    else:
+        loss, accuracy = utils.test(linear, "cpu", loader, criterion)
     expected_loss, expected_accuracy = naive(linear, chosen)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert accuracy == pytest.approx(expected_accuracy)
@@ -172,6 +176,15 @@ def reset(module):
         module.reset_parameters()
 
 
+def test_a_learning_rate_in_a_tensor_is_named_as_it_was(linear, samples):
+    images, labels = next(iter(DataLoader(samples, 4)))
+    batches = [(images, labels)] * 2 + [(images * float("nan"), labels)] * 8
+    optimizer = sgd(linear, lr=torch.tensor(1.0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    with pytest.raises(FloatingPointError, match="step 3 at learning rate 0.25 "):
+        utils.train(linear, "cpu", batches, optimizer, F.nll_loss, scheduler=scheduler)
+
+
 def test_empty_loader(linear):
     for call in (
         lambda: utils.train(linear, "cpu", [], sgd(linear), F.nll_loss),
@@ -215,13 +228,16 @@ def test_no_synchronisation_per_step(linear, samples, monkeypatch):
 
 
 def test_progress_bar(linear, samples, capsys):
-    loader = DataLoader(samples, 4)
-    utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss)
-    shown = capsys.readouterr().err
-    for word in ("train", "/63", "loss", "accuracy", "images/s"):
-        assert word in shown
-    utils.test(linear, "cpu", loader, F.nll_loss)
-    assert "accuracy" in capsys.readouterr().err
+    loader = DataLoader(samples, 100)
+    for name in ("train", "test"):
+        if name == "train":
+            metrics = utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss)
+        else:
+            metrics = utils.test(linear, "cpu", loader, F.nll_loss)
+        shown = capsys.readouterr().err
+        values = f"loss {metrics.loss:.4f}, accuracy {metrics.accuracy:.2f} %"
+        for part in (f"{name}: 100%", "3/3", values, "images/s"):
+            assert part in shown
     utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss, progress=False)
     utils.test(linear, "cpu", loader, F.nll_loss, progress=False)
     assert capsys.readouterr() == ("", "")
