@@ -152,28 +152,26 @@ def test_modes(samples):
     assert modes == [(True, True), (False, False)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("step", [1, 3, 50, 51, 57])
 def test_a_loss_that_is_not_finite_names_step_and_learning_rate(linear, samples, step, value):
-    images, labels = next(iter(DataLoader(samples, 4)))
-    batches = [(images, labels)] * 60
-    batches[step - 1 :] = [(images * value, labels)] * (61 - step)
+    def breaks_at_step():
+        steps = itertools.count(1)
+        added = (value if number >= step else 0.0 for number in steps)
+        return lambda output, target: F.nll_loss(output, target) + next(added)
+
+    batches = list(DataLoader(samples, 4))  # 63
     optimizer = sgd(linear, lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    losses, accuracies = [], []
+    lists = [], []
     with pytest.raises(FloatingPointError) as error:
         utils.train(
-            linear, "cpu", batches, optimizer, F.nll_loss, losses, accuracies, scheduler=scheduler
+            linear, "cpu", batches, optimizer, breaks_at_step(), *lists, scheduler=scheduler
         )
-    assert f"step {step} at learning rate {1 / step:g} " in str(error.value)
-    assert losses == accuracies == []
-    with pytest.raises(FloatingPointError, match=f"step {step}$"):
-        utils.test(linear.apply(reset), "cpu", batches, F.nll_loss)
-
-
-def reset(module):
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    assert f"became {value} in step {step} at learning rate {1 / step:g} " in str(error.value)
+    with pytest.raises(FloatingPointError, match=f"became {value} in step {step}$"):
+        utils.test(linear, "cpu", batches, breaks_at_step(), *lists)
+    assert lists == ([], [])
 
 
 def test_a_learning_rate_in_a_tensor_is_named_as_it_was(linear, samples):
