@@ -1,10 +1,12 @@
 """Train, test, data and plot helpers for small image classifiers; the model is the caller's own.
 
-train_data, test_data = load_data("MNIST")
-train_loader = BatchLoader(train_data, 128, shuffle=True, augment=RandomAffine(10))
-test_loader = BatchLoader(test_data, 1000)
-loss, accuracy = train(model, "cpu", train_loader, optimizer, F.nll_loss)
-loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
+In short:
+
+    train_data, test_data = load_data("MNIST")
+    train_loader = BatchLoader(train_data, 128, shuffle=True, augment=RandomAffine(10))
+    test_loader = BatchLoader(test_data, 1000)
+    loss, accuracy = train(model, "cpu", train_loader, optimizer, F.nll_loss)
+    loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
 """
 
 import math
