@@ -287,6 +287,9 @@ class BatchLoader:
     dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers; or a `Subset` of
         such a dataset. Its transforms are not applied.
     augment: a `RandomAffine`.
+
+    Raises ValueError for images or labels of another kind and a batch size below 1, TypeError for
+    a dataset without `.data` and `.targets` and for another kind of augmentation.
     """
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
@@ -329,10 +332,11 @@ class BatchLoader:
             matrices = self.augment.draw(count, generator).to(device)
         for start in range(0, count, self.batch_size):
             batch = slice(start, start + self.batch_size)
-            images, targets = self.images[order[batch]], self.targets[order[batch]]
+            index = order[batch]
+            images = self.images[index]
             if self.augment:
                 images = self.augment(images.float(), matrices[batch])
-            yield images.sub(255 * MEAN).div_(255 * STD), targets
+            yield images.sub(255 * MEAN).div_(255 * STD), self.targets[index]
         self.epoch = epoch + 1
 
 
@@ -364,6 +368,8 @@ class RandomAffine:
     scale: (low, high), factors above 0.
     shear: in degrees along x: a number s for (-s, s), or (low, high); or along both axes, as
         (x low, x high, y low, y high).
+
+    Raises ValueError for a value out of its range.
     """
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
@@ -433,7 +439,10 @@ def affine_matrices(angle, translate, scale, shear):
 
 
 def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=None):
-    """Plot loss and accuracy (percent) per epoch, train against test, and return the `Figure`."""
+    """Plot loss and accuracy (percent) per epoch, train against test, and return the `Figure`.
+
+    Raises ValueError where the four lists are empty or differ in length.
+    """
     lengths = [len(values) for values in (train_losses, train_acc, test_losses, test_acc)]
     if len(set(lengths)) != 1 or lengths[0] == 0:
         raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
@@ -462,6 +471,7 @@ def plot_sample_data(data_loader, *, title=None):
     """Plot up to 24 images of the first batch as they enter the model and return the `Figure`.
 
     Each bears its class's name where the loader's dataset has `.classes`, else its label.
+    Raises ValueError where the loader is empty or its images are not of shape (N, 1, H, W).
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
         images, labels = next(iter(data_loader), (torch.empty(0), None))
