@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 
 class Net(nn.Module):
-    """Three convolutions and two fully connected layers, 60,986 parameters for ten classes.
+    """Three convolutions and two fully connected layers, 105,114 parameters for ten classes.
 
     Input: float tensor of shape (N, 1, 28, 28), normalised (see `utils.BatchLoader`).
     Output: log-probabilities of shape (N, num_classes).
@@ -19,17 +19,17 @@ class Net(nn.Module):
 
     def __init__(self, num_classes=10):
         super().__init__()
-        # Batch norm has a bias of its own, so the convolutions before it need none.
-        self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1, bias=False)
+        # Batch norm has a bias of its own, so the convolutions before it need none. Nor do they pad:
+        # MNIST's digits keep clear of the border, and smaller maps are less work.
+        self.conv1 = nn.Conv2d(1, 16, kernel_size=5, bias=False)
         self.pool1 = nn.MaxPool2d(2)
         self.norm1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(16, 48, kernel_size=3, bias=False)
         self.pool2 = nn.MaxPool2d(2)
-        self.norm2 = nn.BatchNorm2d(32)
-        self.conv3 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
-        self.pool3 = nn.MaxPool2d(2)
-        self.norm3 = nn.BatchNorm2d(64)
-        self.fc1 = nn.Linear(64 * 3 * 3, 64)
+        self.norm2 = nn.BatchNorm2d(48)
+        self.conv3 = nn.Conv2d(48, 96, kernel_size=3, bias=False)
+        self.norm3 = nn.BatchNorm2d(96)
+        self.fc1 = nn.Linear(96 * 3 * 3, 64)
         self.fc2 = nn.Linear(64, num_classes)
         self.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
 
@@ -37,9 +37,9 @@ class Net(nn.Module):
         if x.dim() != 4 or x.shape[1:] != (1, 28, 28):
             raise ValueError(f"Net expects images of shape (N, 1, 28, 28), got {tuple(x.shape)}")
         # Pooling first leaves batch norm and ReLU a quarter of the work.
-        x = F.relu(self.norm1(self.pool1(self.conv1(x))))  # (N, 16, 14, 14)
-        x = F.relu(self.norm2(self.pool2(self.conv2(x))))  # (N, 32, 7, 7)
-        x = F.relu(self.norm3(self.pool3(self.conv3(x))))  # (N, 64, 3, 3)
-        x = x.reshape(len(x), -1)  # (N, 576)
+        x = F.relu(self.norm1(self.pool1(self.conv1(x))))  # (N, 16, 12, 12)
+        x = F.relu(self.norm2(self.pool2(self.conv2(x))))  # (N, 48, 5, 5)
+        x = F.relu(self.norm3(self.conv3(x)))  # (N, 96, 3, 3)
+        x = x.reshape(len(x), -1)  # (N, 864)
         x = F.relu(self.fc1(x))  # (N, 64)
         return F.log_softmax(self.fc2(x), dim=1)  # (N, num_classes)

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).parent.parent
+# A proxy that refuses every connection: the processes that a test starts have no network.
+OFFLINE = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,15 @@ def samples():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(250, 1, 28, 28, generator=generator)
     return torch.utils.data.TensorDataset(images, torch.arange(250) % 10)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the notebook, model.py and utils.py and nothing more, to run in, offline."""
+    for name in ("S5.ipynb", "model.py", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

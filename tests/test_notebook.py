@@ -6,32 +6,17 @@ import sys
 
 import nbformat
 import papermill
-import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
 import utils
 from model import Net
 
-# A proxy that refuses every connection: the processes that a test starts have no network.
-OFFLINE = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
 EPOCH = re.compile(
     r"^Epoch (\d+)/(\d+)  train loss ([\d.]+) accuracy ([\d.]+) %"
     r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$",
     re.MULTILINE,
 )
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with the notebook, model.py and utils.py and nothing more, to run in, offline."""
-    for name in ("S5.ipynb", "model.py", "utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    for name, value in OFFLINE.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def code_cells(notebook):
