@@ -20,7 +20,7 @@ class Net(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
         # Batch norm has a bias of its own, so the convolutions before it need none. They do not pad
-        # either: the digits keep clear of the border, and smaller maps are less work.
+        # either: MNIST's digits keep clear of the border, and smaller maps are less work.
         self.conv1 = nn.Conv2d(1, 16, kernel_size=5, bias=False)
         self.pool1 = nn.MaxPool2d(2)
         self.norm1 = nn.BatchNorm2d(16)

@@ -1,16 +1,22 @@
 """Accuracy against training time: this repository's recipe beside the two most often cloned ones.
 
-    python tests/benchmark.py            # everything in full: hours on two cores
-    python tests/benchmark.py --quick    # times one epoch of each reference, and says so
+    python tests/benchmark.py               # everything in full: hours on two cores
+    python tests/benchmark.py --quick       # times one epoch of the references, and says so
+    python tests/benchmark.py --ablation    # what each ingredient buys, on held-out images
 
-Each run is a process of its own, and the recipes take turns, so that all of them meet the machine's
-good and bad minutes. A run trains on all 60,000 images and reads the test set once, at its end.
-Seconds are those of feeding and training, without imports, decoding and evaluation. After each run
-the results are in runs/benchmark.json; a benchmark that was cut off goes on from there. At the end
-come a Markdown table on the screen and runs/benchmark.png.
+Each run is a process of its own, and in each round of seeds the recipes take turns, so that all of
+them meet the machine's good and bad minutes. A run of the comparison trains on all 60,000 images
+and reads the test set once, at its end; the ablation never reads it. Seconds are those of feeding
+and training, without imports, decoding and evaluation; memory is that of the process up to then.
+
+After each run the results are in runs/benchmark.json (or runs/ablation.json), and a benchmark that
+was cut off goes on from there. At the end it prints a Markdown table and draws runs/benchmark.png.
+What the README shows is copied from there to .assets/.
 """
 
 import argparse
+import hashlib
+import inspect
 import json
 import os
 import platform
@@ -26,7 +32,8 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from matplotlib.ticker import LogLocator, NullFormatter
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
@@ -37,21 +44,64 @@ from model import Net  # noqa: E402
 from utils import BatchLoader, RandomAffine, get_device, load_data, set_seed, test, train  # noqa: E402
 
 EPOCHS = 15  # the notebook's default
-EXAMPLE, CLASSIC = "PyTorch's basic example", "the classic notebook"
-REFERENCES = {EXAMPLE: 14, CLASSIC: 20}  # epochs
+OURS = "this repository"
+EXAMPLE = "PyTorch's basic example"
+CLASSIC = "the classic notebook"
 KEY = ("name", "epochs", "seed", "timed_epochs")  # what tells one run from another
 
+AUGMENT = RandomAffine(degrees=7, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=5)
+STRONGER = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=10)
+RECIPE = "the recipe"
+ABLATION_EPOCHS = 4
+ABLATION = {
+    RECIPE: {},
+    "no augmentation": {"augment": None},
+    "stronger augmentation": {"augment": STRONGER},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "no batch norm": {"batch_norm": False},
+    "constant learning rate 0.001": {"learning_rate": 0.001, "one_cycle": False},
+    "peak learning rate 0.02": {"learning_rate": 0.02},
+    "batches of 64": {"batch_size": 64},
+    "AdamW not fused": {"fused": False},
+    "not channels_last": {"channels_last": False},
+}
 
-def ours(data, device, seed, epochs):
-    """The notebook's recipe; a test holds the two together."""
-    augment = RandomAffine(degrees=7, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=5)
-    loader = BatchLoader(data, 128, device=device, shuffle=True, augment=augment, seed=seed)
-    model = Net(len(data.classes)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    per_step = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.01, total_steps=epochs * len(loader)
-    )
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+# --- recipes: model, loader, optimizer, criterion, scheduler per step and scheduler per epoch
+
+
+def ours(
+    data,
+    device,
+    seed,
+    epochs,
+    *,
+    augment=AUGMENT,
+    batch_norm=True,
+    batch_size=128,
+    channels_last=True,
+    fused=True,
+    label_smoothing=0.1,
+    learning_rate=0.01,
+    one_cycle=True,
+):
+    """The notebook's recipe, to which a test holds it, or a change of it."""
+    loader = BatchLoader(data, batch_size, device=device, shuffle=True, augment=augment, seed=seed)
+    model = Net()
+    if not batch_norm:
+        model.norm1 = model.norm2 = model.norm3 = nn.Identity()
+        for conv in (model.conv1, model.conv2, model.conv3):
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
+    if not channels_last:
+        model.to(memory_format=torch.contiguous_format)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=fused)
+    per_step = None
+    if one_cycle:
+        per_step = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=learning_rate, total_steps=epochs * len(loader)
+        )
+    criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     return model, loader, optimizer, criterion, per_step, None
 
 
@@ -70,7 +120,7 @@ def pytorch_example(data, device):
 
 
 def classic_notebook(data, device):
-    """The notebook of this name and shape that courses hand out, by its hyperparameters."""
+    """The notebook of this shape that courses hand out, by its hyperparameters."""
     model = nn.Sequential(
         *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.MaxPool2d(2), nn.ReLU()),
         *(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 256, 3), nn.MaxPool2d(2), nn.ReLU()),
@@ -89,17 +139,32 @@ def classic_notebook(data, device):
     return model, loader, optimizer, F.cross_entropy, None, per_epoch
 
 
+REFERENCES = {EXAMPLE: (pytorch_example, 14), CLASSIC: (classic_notebook, 20)}  # epochs
+
+
+# --- one run
+
+
+def hold_out(data, seed):
+    """Split (rest, held out): of MNIST's 60,000 images 5,000 are held out, others for each seed."""
+    count = len(data) // 12
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).roll(
+        -count * seed
+    )
+    return Subset(data, order[count:]), Subset(data, order[:count])
+
+
 def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     """Train once, for `timed_epochs` of the recipe's `epochs`, and return the figures."""
     device = get_device()
     train_data, test_data = load_data(dataset)
+    if name in ABLATION:
+        train_data, test_data = hold_out(train_data, seed)
     set_seed(seed)
-    if name == EXAMPLE:
-        parts = pytorch_example(train_data, device)
-    elif name == CLASSIC:
-        parts = classic_notebook(train_data, device)
+    if name in REFERENCES:
+        parts = REFERENCES[name][0](train_data, device)
     else:
-        parts = ours(train_data, device, seed, epochs)
+        parts = ours(train_data, device, seed, epochs, **ABLATION.get(name, {}))
     model, loader, optimizer, criterion, per_step, per_epoch = parts
     seconds = 0.0
     for _ in range(timed_epochs):
@@ -110,11 +175,11 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
         seconds += time.perf_counter() - start
         if per_epoch:
             per_epoch.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     accuracy = None
     if timed_epochs == epochs:
         test_loader = BatchLoader(test_data, 1000, device=device)
         accuracy = test(model, device, test_loader, criterion, progress=False).accuracy
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     forward, step = multiply_adds(model, loader, criterion, device)
     speed = timed_epochs * len(train_data) / seconds
     return {
@@ -128,7 +193,7 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
         "images_per_second": speed,
         "peak_mib": peak / 2**20 if sys.platform == "darwin" else peak / 2**10,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "multiply_adds_per_image": forward,
+        "multiply_adds": forward,  # per image
         "share": step * speed / matmul_rate(device),  # of the machine's float32 matrix rate
     }
 
@@ -144,80 +209,109 @@ def multiply_adds(model, loader, criterion, device):
     return [round(flops / 2 / len(images)) for flops in counts]
 
 
-def matmul_rate(device, size=2048, repeats=10):
+def matmul_rate(device, size=1024, repeats=20):
     """Measure float32 matrix products: multiply-adds per second, the median."""
     matrix = torch.randn(size, size, device=device)
     rates = []
-    for _ in range(repeats + 3):  # the first three warm up
+    for _ in range(repeats + 5):  # the first five warm up
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
         rates.append(size**3 / (time.perf_counter() - start))
-    return statistics.median(rates[3:])
+    return statistics.median(rates[5:])
 
 
-def machine():
-    """Say on what the benchmark ran."""
+# --- all runs
+
+
+def header(data):
+    """Say what was measured, and on what: runs are kept together only where this is the same."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         processor = next(iter(named), processor)
-    device = get_device()
-    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
-    return (
-        f"{processor}, {torch.get_num_threads()} threads{gpu}; "
-        f"Python {platform.python_version()}, {packages}"
-    )
+    code = [inspect.getsource(recipe) for recipe in (Net, ours, pytorch_example, classic_notebook)]
+    return {
+        "data": data,
+        "machine": f"{processor}, {torch.get_num_threads()} threads{gpu}; "
+        f"Python {platform.python_version()}, {packages}",
+        "code": hashlib.sha256("".join(code).encode()).hexdigest()[:12],
+    }
 
 
 def summarise(results):
-    """Return a row per recipe: figures as medians, and the accuracies of all its runs."""
+    """Return a row per recipe: medians of its figures, and the accuracies of all its runs."""
     groups = {}
     for result in results:
-        groups.setdefault((result["name"], result["timed_epochs"]), []).append(result)
+        key = result["name"], result["epochs"], result["timed_epochs"]
+        groups.setdefault(key, []).append(result)
     rows = []
+    same = ("name", "epochs", "timed_epochs", "parameters", "multiply_adds")
     for runs in groups.values():
-
-        def median(key, runs=runs):
-            return statistics.median(run[key] for run in runs)
-
-        row = {key: median(key) for key in ("seconds", "images_per_second", "peak_mib", "share")}
-        row |= {key: runs[0][key] for key in ("name", "epochs", "timed_epochs", "parameters")}
-        row["accuracies"] = [run["accuracy"] for run in runs if run["accuracy"] is not None]
+        row = {key: runs[0][key] for key in same}
+        for key in ("seconds", "images_per_second", "peak_mib", "share"):
+            row[key] = statistics.median(run[key] for run in runs)
+        row["runs"] = len(runs)
+        row["accuracies"] = {
+            run["seed"]: run["accuracy"] for run in runs if run["accuracy"] is not None
+        }
         rows.append(row)
     return rows
 
 
-def spread(values):
-    """Return mean and standard deviation; of one value, the latter is 0."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def mean_and_deviation(values, form="{:.2f}"):
+    """Return "mean ± standard deviation", or the mean alone where there is one value."""
+    text = form.format(statistics.mean(values))
+    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
 def table(rows):
-    """Return the rows as a Markdown table, with the times as ratios to PyTorch's example."""
+    """Return the comparison as a Markdown table, with the times as ratios to PyTorch's example."""
     examples = [(row["timed_epochs"], row["seconds"]) for row in rows if row["name"] == EXAMPLE]
     _, example = max(examples, default=(0, None))  # the one that was timed the longest
     lines = [
-        "| recipe | parameters | epochs | test accuracy (%) | runs | training (s) | images/s "
-        "| peak memory (MiB) | faster than the example |",
+        "| recipe | parameters | epochs | runs | test accuracy (%) | training (s, median) "
+        "| images/s | peak memory (MiB) | the example's time ÷ this |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        accuracy = "not measured"
-        if row["accuracies"]:
-            mean, deviation = spread(row["accuracies"])
-            accuracy = f"{mean:.2f}"
-            if len(row["accuracies"]) > 1:
-                accuracy += f" ± {deviation:.2f}"
-        seconds = f"{row['seconds']:.1f}"
+        accuracies = list(row["accuracies"].values())
+        accuracy = mean_and_deviation(accuracies) if accuracies else "not measured"
+        seconds = f"{row['seconds']:,.1f}"
         if row["timed_epochs"] < row["epochs"]:
             seconds += f" (from {row['timed_epochs']} of its epochs)"
-        ratio = f"{example / row['seconds']:.1f} ×" if example else "not measured"
+        ratio = f"{example / row['seconds']:.1f}" if example else "not measured"
         lines.append(
-            f"| {row['name']} | {row['parameters']:,} | {row['epochs']} | {accuracy} "
-            f"| {len(row['accuracies'])} | {seconds} | {row['images_per_second']:,.0f} "
+            f"| {row['name']} | {row['parameters']:,} | {row['epochs']} | {row['runs']} "
+            f"| {accuracy} | {seconds} | {row['images_per_second']:,.0f} "
             f"| {row['peak_mib']:,.0f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def ablation_table(rows):
+    """Return the errors on held-out images as a Markdown table, beside those of the recipe.
+
+    The differences are taken seed by seed, since both then saw and held out the same images.
+    """
+    recipe = next(row for row in rows if row["name"] == RECIPE)
+    lines = [
+        f"| {ABLATION_EPOCHS} epochs | validation error (%) | difference | runs | training time |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        errors = [100 - accuracy for accuracy in row["accuracies"].values()]
+        differences = [
+            recipe["accuracies"][seed] - accuracy
+            for seed, accuracy in row["accuracies"].items()
+            if seed in recipe["accuracies"]
+        ]
+        lines.append(
+            f"| {row['name']} | {mean_and_deviation(errors)} "
+            f"| {'' if row is recipe else mean_and_deviation(differences, '{:+.2f}')} "
+            f"| {row['runs']} | {row['seconds'] / recipe['seconds']:.2f} × |"
         )
     return "\n".join(lines)
 
@@ -225,78 +319,102 @@ def table(rows):
 def plot(rows):
     """Plot test error against training time, both logarithmic, and return the `Figure`."""
     fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    rows = [row for row in rows if row["accuracies"]]
-    for label, style, chosen in (
-        ("this repository", "o-", [row for row in rows if row["name"] not in REFERENCES]),
-        *((name, "s", [row for row in rows if row["name"] == name]) for name in REFERENCES),
-    ):
-        chosen = sorted(chosen, key=lambda row: row["seconds"])
-        if not chosen:
-            continue
+    for label, style in ((OURS, "o-"), (EXAMPLE, "s"), (CLASSIC, "^")):
+        chosen = [row for row in rows if row["name"].startswith(label) and row["accuracies"]]
+        chosen.sort(key=lambda row: row["seconds"])
         seconds = [row["seconds"] for row in chosen]
-        means, deviations = zip(*(spread(row["accuracies"]) for row in chosen), strict=True)
-        errors = [100 - mean for mean in means]
-        axes.errorbar(seconds, errors, deviations, fmt=style, capsize=3, label=label)
+        accuracies = [list(row["accuracies"].values()) for row in chosen]
+        errors = [100 - statistics.mean(values) for values in accuracies]
+        bars = [statistics.stdev(values) if len(values) > 1 else 0 for values in accuracies]
+        if chosen:
+            axes.errorbar(seconds, errors, bars, fmt=style, capsize=3, label=label)
         for row, x, y in zip(chosen, seconds, errors, strict=True):
             text = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
             axes.annotate(text, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="training time (s)", ylabel="test error (%)")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     plt.close(fig)
     return fig
 
 
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="time one epoch of each reference")
-    parser.add_argument("--runs", type=int, default=5, help="seeds of each of our recipes")
-    parser.add_argument("--reference-runs", type=int, default=1, help="seeds of each reference")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, EPOCHS], help="our budgets")
-    parser.add_argument("--data", default="MNIST", help="another dataset, to try the benchmark")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="time one epoch of the references")
+    mode.add_argument("--ablation", action="store_true", help="instead of the comparison")
+    mode.add_argument("--run", nargs=4, help=argparse.SUPPRESS)  # one run, in its own process
+    parser.add_argument("--runs", type=positive, default=5, help="seeds of our recipes")
+    parser.add_argument(
+        "--reference-runs", type=positive, default=1, help="seeds of the references"
+    )
+    parser.add_argument(
+        "--epochs", type=positive, nargs="+", default=[1, EPOCHS], help="budgets of our recipe"
+    )
+    parser.add_argument("--data", default="MNIST", choices=("MNIST", "FashionMNIST", "digits"))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="for what it writes")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)  # one run, in its own process
     args = parser.parse_args()
     if args.run:
         name, *numbers = args.run
         print(json.dumps(run(name, *map(int, numbers), args.data)))
         return
 
-    args.folder.mkdir(exist_ok=True)
-    path = args.folder / "benchmark.json"
-    results = {"machine": machine(), "data": args.data, "runs": []}
-    if path.exists():
-        here, results = results, json.loads(path.read_text())
-        if any(results[key] != here[key] for key in ("machine", "data")):
-            sys.exit(f"{path} holds other runs ({results['machine']}; {results['data']}): move it")
     jobs = []
-    for seed in range(max(args.runs, args.reference_runs)):
-        if seed < args.runs:
-            plural = {n: "epochs" if n > 1 else "epoch" for n in args.epochs}
-            jobs += [(f"this repository, {n} {plural[n]}", n, seed, n) for n in args.epochs]
-        if seed < args.reference_runs:
-            jobs += [(name, n, seed, 1 if args.quick else n) for name, n in REFERENCES.items()]
+    if args.ablation:
+        seeds = range(args.runs)
+        jobs = [(name, ABLATION_EPOCHS, s, ABLATION_EPOCHS) for s in seeds for name in ABLATION]
+    else:
+        for seed in range(max(args.runs, args.reference_runs)):
+            if seed < args.runs:
+                jobs += [(OURS, epochs, seed, epochs) for epochs in args.epochs]
+            if seed < args.reference_runs:
+                for name, (_, epochs) in REFERENCES.items():
+                    jobs.append((name, epochs, seed, 1 if args.quick else epochs))
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = args.folder / ("ablation.json" if args.ablation else "benchmark.json")
+    results = header(args.data) | {"runs": []}
+    if path.exists():
+        results = json.loads(path.read_text())
+        for key, here in header(args.data).items():
+            if results.get(key) != here:
+                sys.exit(f"{path} has {key} '{results.get(key)}', this is '{here}': move it away")
+    done = {tuple(result[key] for key in KEY) for result in results["runs"]}
     for job in jobs:
-        if any(job == tuple(run[key] for key in KEY) for run in results["runs"]):
+        if job in done:
             continue
         command = [sys.executable, __file__, "--data", args.data, "--run", *map(str, job)]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if answer.returncode:
+            sys.exit(f"this run failed, see above: {job}; the others are in {path}")
         result = json.loads(answer.stdout)
         results["runs"].append(result)
         unfinished = path.with_suffix(".new")
         unfinished.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(unfinished, path)
         reached = "" if result["accuracy"] is None else f"{result['accuracy']:.2f} %, "
-        print(f"{result['name']}, seed {result['seed']}: {reached}{result['seconds']:.1f} s")
+        print(f"{job[0]}, {job[1]} epochs, seed {job[2]}: {reached}{result['seconds']:.1f} s")
 
     rows = summarise(results["runs"])
-    print(f"\n{table(rows)}\n\n{args.data}, on {results['machine']}.")
-    for row in rows:
-        print(f"{row['name']}: {100 * row['share']:.0f} % of the machine's float32 matrix rate")
-    plot(rows).savefig(path.with_suffix(".png"))
+    print("\n" + (ablation_table(rows) if args.ablation else table(rows)))
+    print(f"\n{args.data}, on {results['machine']}.\n")
+    if not args.ablation:
+        plot(rows).savefig(path.with_suffix(".png"))
+        for row in rows:
+            print(
+                f"{row['name']}, {row['epochs']} epochs: {row['multiply_adds']:,} multiply-adds "
+                f"per image, training at {100 * row['share']:.0f} % of the float32 matrix rate"
+            )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).parent.parent
-# A proxy that refuses every connection: the processes that a test starts have no network.
-OFFLINE = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +40,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("S5.ipynb", "model.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    for name, value in OFFLINE.items():
-        monkeypatch.setenv(name, value)
+    for kind in ("http", "https"):  # a proxy that refuses every connection
+        monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -6,16 +6,26 @@ import sys
 import benchmark
 import papermill
 import pytest
+import torch
+import torch.nn.functional as F
+from benchmark import CLASSIC, EXAMPLE, OURS, RECIPE
 from conftest import ROOT
 from test_notebook import EPOCH, code_cells, stdout
+
+from model import Net
 
 
 def result(name, accuracy, seconds, seed=0, epochs=14, timed_epochs=14):
     return {
         **{"name": name, "accuracy": accuracy, "seconds": seconds, "seed": seed},
         **{"epochs": epochs, "timed_epochs": timed_epochs, "images_per_second": 1000.0},
-        **{"peak_mib": 600.0, "parameters": 1234, "share": 0.5},
+        **{"peak_mib": 600.0, "parameters": 1234, "multiply_adds": 99, "share": 0.5},
     }
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return benchmark.load_data("digits")[0]
 
 
 def test_trains_what_the_notebook_trains(folder):
@@ -25,32 +35,50 @@ def test_trains_what_the_notebook_trains(folder):
     (tagged,) = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", [])]
     assert re.search(rf"^EPOCHS = {benchmark.EPOCHS}\b", tagged.source, re.MULTILINE)
     *_, loss, _, _, accuracy = EPOCH.findall(stdout(notebook))[-1]
-    run = benchmark.run("ours", 2, 3, 2, "digits")
+    run = benchmark.run(OURS, 2, 3, 2, "digits")
     assert (f"{run['train_loss']:.4f}", f"{run['accuracy']:.2f}") == (loss, accuracy)
 
 
-def test_references_are_of_the_published_size():
-    data, _ = benchmark.load_data("digits")
-    sizes = {benchmark.pytorch_example: 1_199_882, benchmark.classic_notebook: 593_200}
-    for make, size in sizes.items():
-        model, loader, *_ = make(data, "cpu")
-        assert sum(parameter.numel() for parameter in model.parameters()) == size
-        images, _ = next(iter(loader))
-        assert images.shape[1:] == (1, 28, 28) and model(images).shape == (len(images), 10)
+def test_references_have_the_published_hyperparameters(digits):
+    model, loader, optimizer, _, _, scheduler = benchmark.pytorch_example(digits, "cpu")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_199_882
+    assert [module.p for module in model if isinstance(module, torch.nn.Dropout)] == [0.25, 0.5]
+    assert type(optimizer) is torch.optim.Adadelta and optimizer.defaults["lr"] == 1.0
+    assert (scheduler.step_size, scheduler.gamma, loader.batch_size) == (1, 0.7, 64)
+    assert next(iter(loader))[0].shape == (64, 1, 28, 28)
+
+    model, loader, optimizer, _, _, scheduler = benchmark.classic_notebook(digits, "cpu")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 593_200
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.01, 0.9)
+    assert (scheduler.step_size, scheduler.gamma, loader.batch_size) == (15, 0.1, 512)
+    assert next(iter(loader))[0].shape == (512, 1, 28, 28)
+    described = repr(digits.transform)
+    for part in ("p=0.1", "CenterCrop(size=(22, 22))", "degrees=[-15.0, 15.0]", "Normalize"):
+        assert part in described
+
+
+def test_reference_in_full_is_evaluated_and_steps_its_schedule(monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.StepLR, "step", lambda self, *_: steps.append(self.gamma)
+    )
+    assert 80 < benchmark.run(EXAMPLE, 2, 0, 2, "digits")["accuracy"] <= 100
+    assert steps == [0.7] * 3  # the first is the constructor's
 
 
 def test_quick_benchmark_prints_a_table_and_goes_on_where_it_stopped(tmp_path):
-    options = ["--quick", "--data", "digits", "--epochs", "1", "--folder", str(tmp_path)]
-    command = [sys.executable, ROOT / "tests" / "benchmark.py", *options]
+    options = ["--data", "digits", "--epochs", "1", "--runs", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--quick", *options]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    for name, accuracy in (
-        ("this repository, 1 epoch", r"[\d.]+ \| 1"),
-        (benchmark.EXAMPLE, "not measured | 0"),
-        (benchmark.CLASSIC, "not measured | 0"),
+    for name, epochs, accuracy, seconds in (
+        (OURS, 1, r"[\d.]+", r"[\d.]+"),
+        (EXAMPLE, 14, "not measured", r"[\d.]+ \(from 1 of its epochs\)"),
+        (CLASSIC, 20, "not measured", r"[\d.]+ \(from 1 of its epochs\)"),
     ):
-        assert re.search(rf"^\| {name} \|.*\| {accuracy} \|", first.stdout, re.MULTILINE)
-    assert "(from 1 of its epochs)" in first.stdout
+        row = rf"^\| {name} \| [\d,]+ \| {epochs} \| 1 \| {accuracy} \| {seconds} \|"
+        assert re.search(row, first.stdout, re.MULTILINE)
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
     path = tmp_path / "benchmark.json"
@@ -63,30 +91,83 @@ def test_quick_benchmark_prints_a_table_and_goes_on_where_it_stopped(tmp_path):
 
     path.write_text(json.dumps({**results, "machine": "another"}))
     other = subprocess.run(command, capture_output=True, text=True)
-    assert other.returncode != 0 and "another" in other.stderr
+    assert other.returncode != 0 and "machine 'another'" in other.stderr
+
+
+def test_held_out_images_are_others_for_each_seed_and_never_trained_on(digits):
+    splits = [benchmark.hold_out(digits, seed) for seed in range(12)]
+    held_out = [set(part.indices.tolist()) for _, part in splits]
+    for (rest, part), indices in zip(splits, held_out, strict=True):
+        assert len(part) == len(indices) == len(digits) // 12
+        assert set(rest.indices.tolist()) == set(range(len(digits))) - indices
+    assert len(set.union(*held_out)) == 12 * (len(digits) // 12)
+
+
+def test_ablation_never_reads_the_test_set(monkeypatch):
+    train_data, _ = benchmark.load_data("digits")
+    monkeypatch.setattr(benchmark, "load_data", lambda name: (train_data, None))
+    assert 80 < benchmark.run(RECIPE, 2, 0, 2, "digits")["accuracy"] <= 100
+
+
+@pytest.mark.parametrize("name", [name for name in benchmark.ABLATION if name != RECIPE])
+def test_each_change_of_the_recipe_changes_it(digits, name):
+    def settings(name):
+        changes = benchmark.ABLATION[name]
+        model, loader, optimizer, criterion, per_step, _ = benchmark.ours(
+            digits, "cpu", 0, 4, **changes
+        )
+        model(next(iter(loader))[0])  # it runs
+        return (
+            [str(module) for module in model.children()],
+            model.conv2.weight.is_contiguous(),
+            (loader.batch_size, loader.augment),
+            (optimizer.defaults["fused"], optimizer.defaults["lr"]),
+            criterion.label_smoothing,
+            per_step and per_step.total_steps,
+        )
+
+    assert settings(RECIPE) != settings(name)
 
 
 def test_table_has_spread_and_ratio():
     results = [
-        result("ours", 99.0, 1.0),
-        result("ours", 99.2, 3.0, seed=1),
-        result(benchmark.EXAMPLE, None, 100.0, timed_epochs=1),
+        result(OURS, 99.0, 1.0),
+        result(OURS, 99.2, 3.0, seed=1),
+        result(OURS, 98.0, 0.5, epochs=1, timed_epochs=1),
+        result(EXAMPLE, None, 100.0, timed_epochs=1),
     ]
-    ours, example = benchmark.table(benchmark.summarise(results)).splitlines()[2:]
-    assert "| 99.10 ± 0.14 | 2 | 2.0 |" in ours and "| 50.0 × |" in ours
-    assert "| not measured | 0 | 100.0 (from 1 of its epochs) |" in example
+    ours, short, example = benchmark.table(benchmark.summarise(results)).splitlines()[2:]
+    assert "| 14 | 2 | 99.10 ± 0.14 | 2.0 |" in ours and ours.endswith("| 50.0 |")
+    assert "| 1 | 1 | 98.00 | 0.5 |" in short
+    assert "| not measured | 100.0 (from 1 of its epochs) |" in example
+
+
+def test_ablation_table_pairs_the_runs_by_seed():
+    results = [
+        result(RECIPE, 99.0, 2.0),
+        result(RECIPE, 99.2, 2.0, seed=1),
+        result("no augmentation", 98.0, 1.0),
+        result("no augmentation", 98.4, 1.0, seed=1),
+    ]
+    recipe, changed = benchmark.ablation_table(benchmark.summarise(results)).splitlines()[2:]
+    assert recipe == "| the recipe | 0.90 ± 0.14 |  | 2 | 1.00 × |"
+    assert changed == "| no augmentation | 1.80 ± 0.28 | +0.90 ± 0.14 | 2 | 0.50 × |"
 
 
 def test_readme_shows_the_committed_benchmark():
     results = json.loads((ROOT / ".assets" / "benchmark.json").read_text())
+    rows = benchmark.summarise(results["runs"])
     readme = (ROOT / "README.md").read_text()
-    assert benchmark.table(benchmark.summarise(results["runs"])) in readme
-    assert results["machine"] in readme
+    assert benchmark.table(rows) in readme and results["machine"] in readme
+    assert results["code"] == benchmark.header("MNIST")["code"]  # that of the committed recipes
 
 
-def test_matmul_rate_and_multiply_adds():
+def test_multiply_adds_and_matmul_rate():
     assert benchmark.matmul_rate("cpu", size=64, repeats=3) > 0
-    model = benchmark.nn.Linear(20, 10)
-    batch = benchmark.torch.randn(8, 20), benchmark.torch.arange(8)
-    forward, step = benchmark.multiply_adds(model, [batch], benchmark.F.cross_entropy, "cpu")
-    assert forward == 200 and step == pytest.approx(400)  # the input needs no gradient
+    batch = torch.randn(8, 20), torch.arange(8)
+    linear = torch.nn.Linear(20, 10)
+    assert benchmark.multiply_adds(linear, [batch], F.cross_entropy, "cpu") == [200, 400]
+    batch = torch.randn(8, 1, 28, 28), torch.arange(8)
+    forward, _ = benchmark.multiply_adds(Net(), [batch], F.cross_entropy, "cpu")
+    conv = 24 * 24 * 25 * 16 + 10 * 10 * 9 * 16 * 48 + 3 * 3 * 9 * 48 * 96
+    assert forward == conv + 96 * 9 * 64 + 64 * 10
