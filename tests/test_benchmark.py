@@ -129,6 +129,13 @@ def test_each_change_of_the_recipe_changes_it(digits, name):
     assert settings(RECIPE) != settings(name)
 
 
+def test_without_batch_norm_each_convolution_has_a_bias(digits):
+    model, *_ = benchmark.ours(digits, "cpu", 0, 4, batch_norm=False)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 3 and all(m.bias is not None for m in convolutions)
+
+
 def test_table_has_spread_and_ratio():
     results = [
         result(OURS, 99.0, 1.0),
