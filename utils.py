@@ -49,10 +49,9 @@ RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives al
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
 }
-CHECKPOINT_KEYS = {
-    *("epoch", "train_losses", "train_acc", "test_losses", "test_acc", "hyperparameters"),
-    *("model", "optimizer", "scheduler", "average", "classes", "random"),
-}
+CURVES = ("train_losses", "train_acc", "test_losses", "test_acc")
+PARTS = ("model", "optimizer", "scheduler", "average")
+CHECKPOINT_KEYS = {"epoch", "hyperparameters", "classes", "random", *CURVES, *PARTS}
 
 
 # --- run
@@ -209,8 +208,9 @@ class _Meter:
         if target.device.type != "cpu":
             if self.steps or self.unread:
                 return
-            target = getattr(self.loader, "targets", target)  # a BatchLoader's, all of them
-        low, high = (int(label) for label in target.aminmax())
+            target = getattr(self.loader, "targets", target).cpu()  # a BatchLoader's, all of them
+        labels = target.numpy()
+        low, high = labels.min(), labels.max()
         if low < 0 or high >= output.shape[1]:
             raise ValueError(
                 f"expected labels from 0 to {output.shape[1] - 1}, since the model tells "
@@ -620,18 +620,15 @@ def save_checkpoint(
     and OSError where the file cannot be written; the previous one is then untouched.
     """
     path = Path(path)
-    lists = {
-        **{"train_losses": train_losses, "train_acc": train_acc},
-        **{"test_losses": test_losses, "test_acc": test_acc},
-    }
-    lengths = [len(values) for values in lists.values()]
+    curves = train_losses, train_acc, test_losses, test_acc
+    lengths = [len(values) for values in curves]
     if len(set(lengths)) != 1:
         raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
+    parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     checkpoint = {
         "epoch": lengths[0],
-        **lists,
+        **dict(zip(CURVES, curves, strict=True)),
         **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         "classes": {name: type(part).__name__ for name, part in parts.items()},
         "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
@@ -642,6 +639,7 @@ def save_checkpoint(
     content = buffer.getvalue()
     unfinished = path.with_name(f"{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(content + hashlib.sha256(content).digest())
             file.flush()
@@ -657,7 +655,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path, model=None, optimizer=None, *, scheduler=None, average=None, hyperparameters=None
+    path,
+    model=None,
+    optimizer=None,
+    train_losses=None,
+    train_acc=None,
+    test_losses=None,
+    test_acc=None,
+    *,
+    scheduler=None,
+    average=None,
+    hyperparameters=None,
 ):
     """Read a checkpoint, restore what is given from it, and return it as a dictionary.
 
@@ -666,6 +674,7 @@ def load_checkpoint(
 
     model, optimizer, scheduler, average: get the state saved for them. With an optimizer, training
         goes on, so PyTorch's global random state is restored too.
+    train_losses, train_acc, test_losses, test_acc: lists whose content is replaced.
     hyperparameters: dictionary to compare with the one saved.
 
     Raises FileNotFoundError where there is no file, and ValueError where it is damaged or another
@@ -697,7 +706,7 @@ def load_checkpoint(
     there, here = {}, {}  # what must be the same in the file and in the program
     if hyperparameters is not None:
         there, here = dict(checkpoint["hyperparameters"]), _plain(hyperparameters, "")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
+    parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
     for name, part in parts.items():
         if part is not None or optimizer is not None:
             there |= _describe(name, checkpoint[name], checkpoint["classes"][name])
@@ -714,6 +723,10 @@ def load_checkpoint(
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(copy.deepcopy(checkpoint[name]))  # optimizers keep what they get
+    curves = train_losses, train_acc, test_losses, test_acc
+    for name, values in zip(CURVES, curves, strict=True):
+        if values is not None:
+            values[:] = checkpoint[name]
     if optimizer is not None:
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if torch.cuda.is_available() and checkpoint["random"]["cuda"] is not None:
