@@ -9,6 +9,7 @@ In short:
     loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
 """
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -34,6 +35,10 @@ from torchvision.datasets.utils import check_integrity
 from tqdm.auto import tqdm
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
+DISK_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EIO),
+)
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
@@ -51,7 +56,7 @@ RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives al
 }
 CURVES = ("train_losses", "train_acc", "test_losses", "test_acc")
 PARTS = ("model", "optimizer", "scheduler", "average")
-CHECKPOINT_KEYS = {"epoch", "hyperparameters", "classes", "random", *CURVES, *PARTS}
+CHECKPOINT_KEYS = {"epoch", "hyperparameters", "kinds", "random", *CURVES, *PARTS}
 
 
 # --- run
@@ -165,14 +170,13 @@ class _Meter:
     """Checks the batches of one pass, and adds up loss and accuracy where they were computed."""
 
     def __init__(self, model, device, loader, criterion, bar):
-        self.device = torch.device(device)
-        for parameter in model.parameters():
-            here = parameter.device
-            if here.type != self.device.type or self.device.index not in (None, here.index):
-                raise ValueError(
-                    f"the model is on {here}, its batches go to {device}: call model.to(device) "
-                    "before the optimizer is made"
-                )
+        self.device = torch.empty(0, device=device).device  # with its index
+        here = {parameter.device for parameter in model.parameters()}
+        if here - {self.device}:
+            raise ValueError(
+                f"the model is on {', '.join(map(str, here))}, its batches go to {device}: call "
+                "model.to(device) before the optimizer is made"
+            )
         self.loader = loader
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
         self.bar = bar
@@ -193,23 +197,25 @@ class _Meter:
                     f"expected an integer label for each of {len(data)} images, got {target.dtype} "
                     f"of shape {tuple(target.shape)}; of one-hot rows, take .argmax(dim=1)"
                 )
+            self.labels = target if target.device.type == "cpu" else None
             yield (
                 data.to(self.device, non_blocking=True),
                 target.to(self.device, torch.long, non_blocking=True),
             )
 
     def check(self, output, target):
-        """Compare output and labels; away from the CPU the first time only, since that waits."""
+        """Compare output and labels, where these came from an accelerator the first time only."""
         if output.dim() != 2 or len(output) != len(target):
             raise ValueError(
                 f"expected a model whose output has shape ({len(target)}, classes), got "
                 f"{tuple(output.shape)}"
             )
-        if target.device.type != "cpu":
+        labels = self.labels
+        if labels is None:
             if self.steps or self.unread:
-                return
-            target = getattr(self.loader, "targets", target).cpu()  # a BatchLoader's, all of them
-        labels = target.numpy()
+                return  # to look again, the host would have to wait
+            labels = self.loader.targets if isinstance(self.loader, BatchLoader) else target
+        labels = labels.cpu().numpy()
         low, high = labels.min(), labels.max()
         if low < 0 or high >= output.shape[1]:
             raise ValueError(
@@ -303,35 +309,35 @@ def _load_torchvision(dataset, root):
     if dataset is datasets.QMNIST:
         resources = resources["train"] + resources["test"]
     files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
-    archives = {folder / Path(address).name: md5 for address, md5 in resources}
-    raw = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
+    damaged = [file.name for file in files if _damaged(file, RAW_MD5.get(name, {}).get(file.name))]
+    for address, md5 in resources:
+        archive = folder / Path(address).name
+        if not (folder / archive.stem).exists() and _damaged(archive, md5):
+            damaged.append(archive.name)
     try:
-        damaged = [
-            file.name
-            for file, md5 in (archives | raw).items()
-            if file.exists() and not check_integrity(file, md5)
-        ]
         if damaged:
-            raise ValueError(f"not what was published: {', '.join(damaged)}")
+            raise _DamageError(f"not what was published: {', '.join(damaged)}")
         pair = tuple(dataset(root, train=train, download=True) for train in (True, False))
-        for data in pair:
+        for data, part in zip(pair, ("training", "test"), strict=True):
             _, targets = _tensors(data)
             if data.data.shape != (len(targets), 28, 28):
-                raise ValueError(f"{len(targets)} labels, images {tuple(data.data.shape)}")
+                raise _DamageError(
+                    f"{len(targets)} {part} labels for images of shape {tuple(data.data.shape)}"
+                )
             if not 0 <= targets.min() <= targets.max() < len(data.classes):
-                raise ValueError(f"labels up to {targets.max()}, {len(data.classes)} classes")
+                raise _DamageError(f"{part} labels from {targets.min()} to {targets.max()}")
         return pair
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in DISK_ERRORS:
             raise OSError(
                 error.errno,
-                f"cannot read or write {name}'s files: make room for them there, or name another "
-                f"folder in the environment variable DATA_DIR ({error.strerror})",
+                f"{name}'s files cannot be read or written ({error.strerror}): in the environment "
+                "variable DATA_DIR, name a folder where they can, and have room",
                 str(folder),
             ) from error
-        if isinstance(error, ValueError) or all(file.exists() for file in files):
+        if isinstance(error, _DamageError) or all(file.exists() for file in files):
             raise ValueError(
-                f"the files in '{folder}' are damaged ({error}): delete that folder to download "
+                f"the files in '{folder}' are damaged ({error!r}): delete that folder to download "
                 "them again"
             ) from error
         raise FileNotFoundError(
@@ -340,6 +346,14 @@ def _load_torchvision(dataset, root):
             "the environment variable DATA_DIR, or go without a network: load_data('digits'). "
             f"What was tried: {error}"
         ) from error
+
+
+class _DamageError(Exception):
+    pass
+
+
+def _damaged(file, md5):
+    return md5 is not None and file.exists() and not check_integrity(file, md5)
 
 
 class Digits(datasets.MNIST):
@@ -543,6 +557,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
         raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
     epochs = range(1, lengths[0] + 1)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    plt.close(fig)  # pyplot forgets it, whatever happens; the caller has it
     for axes, curves, name, final in (
         (left, (train_losses, test_losses), "loss", "{} {:.4f}"),
         (right, (train_acc, test_acc), "accuracy (%)", "{} {:.2f} %"),
@@ -558,15 +573,15 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(NullFormatter())
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
 def plot_sample_data(data_loader, *, title=None):
     """Plot up to 24 images of the first batch as they enter the model and return the `Figure`.
 
-    Each bears its class's name where the loader's dataset has `.classes`, else its label.
-    Raises ValueError where the loader is empty or its images are not of shape (N, 1, H, W).
+    Each bears its class's name where the loader's dataset has one, else its label.
+    Raises ValueError where the loader is empty, its images are not of shape (N, 1, H, W) or its
+    labels not N integers.
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
         images, labels = next(iter(data_loader), (torch.empty(0), None))
@@ -574,19 +589,24 @@ def plot_sample_data(data_loader, *, title=None):
         raise ValueError(
             f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
         )
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"expected an integer label for each of {len(images)} images, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}"
+        )
     dataset = getattr(data_loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    classes = getattr(dataset, "classes", None)
+    classes = dict(enumerate(getattr(dataset, "classes", ())))
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
+    plt.close(fig)
     low, high = float(images.min()), float(images.max())
     for axes, image, label in zip(grid.flat, images.cpu(), labels.tolist(), strict=False):
         axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
-        axes.set_title(classes[label] if classes else label, fontsize=9)
+        axes.set_title(classes.get(label, label), fontsize=9)
     for axes in grid.flat:
         axes.axis("off")
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
@@ -625,13 +645,20 @@ def save_checkpoint(
     if len(set(lengths)) != 1:
         raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
     parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    kinds = {name: type(part).__name__ for name, part in parts.items()}
+    kind, numbers, *more = np.random.get_state()
+    random_states = {
+        "python": random.getstate(),
+        "numpy": (kind, numbers.tolist(), *more),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
     checkpoint = {
         "epoch": lengths[0],
         **dict(zip(CURVES, curves, strict=True)),
         **{name: None if part is None else part.state_dict() for name, part in parts.items()},
-        "classes": {name: type(part).__name__ for name, part in parts.items()},
-        "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "kinds": kinds,
+        "random": random_states,
         "hyperparameters": hyperparameters or {},
     }
     buffer = io.BytesIO()
@@ -646,7 +673,8 @@ def save_checkpoint(
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         if isinstance(error, OSError):
             raise OSError(
                 error.errno, f"could not write the checkpoint ({error.strerror})", str(path)
@@ -670,10 +698,10 @@ def load_checkpoint(
     """Read a checkpoint, restore what is given from it, and return it as a dictionary.
 
     The dictionary has the keys epoch, train_losses, train_acc, test_losses, test_acc, model,
-    optimizer, scheduler, average, classes, random and hyperparameters; its tensors are on the CPU.
+    optimizer, scheduler, average, kinds, random and hyperparameters; its tensors are on the CPU.
 
     model, optimizer, scheduler, average: get the state saved for them. With an optimizer, training
-        goes on, so PyTorch's global random state is restored too.
+        goes on, so the global random states are restored too.
     train_losses, train_acc, test_losses, test_acc: lists whose content is replaced.
     hyperparameters: dictionary to compare with the one saved.
 
@@ -681,8 +709,6 @@ def load_checkpoint(
     kind of file, or where what is given differs from what was saved: nothing is restored then.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "there is no checkpoint", str(path))
     data = path.read_bytes()
     content, digest = data[:-32], data[-32:]
     if hashlib.sha256(content).digest() != digest:
@@ -695,28 +721,25 @@ def load_checkpoint(
         keys = set(checkpoint)
     except Exception as error:
         raise ValueError(
-            f"'{path}' was not read, since it holds more than plain tensors and numbers"
+            f"'{path}' was not read: it holds more than tensors, numbers, strings, lists and "
+            f"dictionaries, or comes from another version of PyTorch ({error!r:.200})"
         ) from error
     if keys != CHECKPOINT_KEYS:
         raise ValueError(
             f"'{path}' comes from another version of save_checkpoint: only one of the two knows "
-            f"{', '.join(sorted(keys ^ CHECKPOINT_KEYS))}"
+            f"{', '.join(sorted(map(str, keys ^ CHECKPOINT_KEYS)))}"
         )
 
-    there, here = {}, {}  # what must be the same in the file and in the program
+    different = []
     if hyperparameters is not None:
-        there, here = dict(checkpoint["hyperparameters"]), _plain(hyperparameters, "")
+        here = _plain(hyperparameters, "hyperparameters")
+        different += _differences(checkpoint["hyperparameters"], here)
     parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
     for name, part in parts.items():
         if part is not None or optimizer is not None:
-            there |= _describe(name, checkpoint[name], checkpoint["classes"][name])
+            there = _describe(name, checkpoint[name], checkpoint["kinds"][name])
             state = None if part is None else part.state_dict()
-            here |= _describe(name, state, type(part).__name__)
-    different = [
-        f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
-        for key in there | here
-        if there.get(key) != here.get(key)
-    ]
+            different += _differences(there, _describe(name, state, type(part).__name__))
     if different:
         more = f", and {len(different) - 8} more" if len(different) > 8 else ""
         raise ValueError(f"'{path}' is another run's: {', '.join(different[:8])}{more}")
@@ -728,7 +751,9 @@ def load_checkpoint(
         if values is not None:
             values[:] = checkpoint[name]
     if optimizer is not None:
-        torch.set_rng_state(checkpoint["random"]["cpu"])
+        random.setstate(checkpoint["random"]["python"])
+        np.random.set_state(checkpoint["random"]["numpy"])
+        torch.set_rng_state(checkpoint["random"]["torch"])
         if torch.cuda.is_available() and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     return checkpoint
@@ -740,10 +765,22 @@ def _describe(name, state, kind):
         return {}
     if name == "optimizer":
         groups = [len(group["params"]) for group in state["param_groups"]]
-        return {name: kind, "the optimizer's number of parameters": groups}
+        return {"the optimizer": kind, "the optimizer's number of parameters": groups}
     if name == "scheduler":
-        return {name: kind, "the scheduler's total_steps": state.get("total_steps")}
-    return {f"{name}.{key}": tuple(getattr(value, "shape", ())) for key, value in state.items()}
+        return {"the scheduler": kind, "the scheduler's total_steps": state.get("total_steps")}
+    return {
+        f"{name}.{key}": f"{tuple(value.shape)} {value.dtype}"
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _differences(there, here):
+    return [
+        f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
+        for key in there | here
+        if key not in there or key not in here or there[key] != here[key]
+    ]
 
 
 def _plain(value, where):
@@ -751,14 +788,19 @@ def _plain(value, where):
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, Mapping):
-        return {key: _plain(each, f"{where}.{key}") for key, each in value.items()}
+        if not all(isinstance(key, (str, int)) for key in value):
+            raise TypeError(f"the keys of {where} must be strings or integers: {list(value)}")
+        return {
+            str(key) if isinstance(key, str) else int(key): _plain(each, f"{where}.{key}")
+            for key, each in value.items()
+        }
     if isinstance(value, (list, tuple)):
         kind = tuple if isinstance(value, tuple) else list
         return kind(_plain(each, where) for each in value)
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    for kind, plain in ((Integral, int), (Real, float)):  # of NumPy's kind too
-        if isinstance(value, kind):
+    if value is None:
+        return None
+    for kind, plain in ((str, str), ((bool, np.bool_), bool), (Integral, int), (Real, float)):
+        if isinstance(value, kind):  # or what is derived from it, such as NumPy's
             return plain(value)
     raise TypeError(
         "a checkpoint holds tensors, numbers, strings, lists and dictionaries, but "

@@ -11,9 +11,9 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from conftest import damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint import damage
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, ToTensor, v2
@@ -172,7 +172,7 @@ def test_one_flipped_pixel_is_noticed(published, tmp_path, offline):
     content[5_000_000] ^= 1
     file.write_bytes(content)
     for name in ("MNIST", "auto"):
-        with pytest.raises(ValueError, match="(?s)damaged.*: t10k-images-idx3-ubyte.*delete"):
+        with pytest.raises(ValueError, match="(?s)damaged.*: .*t10k-images-idx3-ubyte.*delete"):
             utils.load_data(name, tmp_path)
 
 
@@ -180,7 +180,9 @@ def test_fuzzed_files_are_refused(published, tmp_path, offline):
     """Flip, cut or pad bytes of MNIST's files: each time the file is named."""
     generator = random.Random(0)
     for _ in range(int(os.environ.get("FUZZ", 10))):
-        file = generator.choice([each for each in published.iterdir() if not each.is_symlink()])
+        file = generator.choice(
+            [each for each in sorted(published.iterdir()) if not each.is_symlink()]
+        )
         content = file.read_bytes()
         file.write_bytes(damage(content, generator))
         with pytest.raises(ValueError, match=f"(?s)damaged.*: {file.name}.*delete"):
@@ -190,21 +192,34 @@ def test_fuzzed_files_are_refused(published, tmp_path, offline):
 
 
 @pytest.mark.parametrize("name, row", [("KMNIST", 1), ("QMNIST", 32)])  # bytes of a label
-@pytest.mark.parametrize("damage", ["a label of 77", "a label too few"])
-def test_sets_without_known_sums_are_checked_for_sense(tmp_path, offline, name, row, damage):
+@pytest.mark.parametrize("kind", ["a label of 77", "a label too few"])
+def test_sets_without_known_sums_are_checked_for_sense(tmp_path, offline, name, row, kind):
     write_dataset(tmp_path, name)
     (labels,) = (tmp_path / name / "raw").glob("*train-labels*")
     content = bytearray(labels.read_bytes())
-    if damage == "a label of 77":
+    if kind == "a label of 77":
         content[-row + row // 32 * 3] = 77  # the last label's first number, big-endian
-        message = "labels up to 77, 10 classes"
+        message = "training labels from 0 to 77"
     else:
         content = content[:-row]
         content[7] = 29
-        message = r"29 labels, images \(30, 28, 28\)"
+        message = r"29 training labels for images of shape \(30, 28, 28\)"
     labels.write_bytes(content)
     with pytest.raises(ValueError, match=f"(?s)damaged.*{message}.*delete"):
         utils.load_data(name, tmp_path)
+
+
+def test_a_stale_archive_beside_good_files_does_not_matter(tmp_path, offline, unchecked):
+    write_dataset(tmp_path, "MNIST")
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"half of a file")
+    assert len(utils.load_data("MNIST", tmp_path)[0]) == 30
+
+
+def test_fashion_mnist(mnist_root, offline):
+    if not (mnist_root / "FashionMNIST").exists():
+        pytest.skip("Fashion-MNIST is not beside MNIST")
+    train_data, test_data = utils.load_data("FashionMNIST", mnist_root)
+    assert (len(train_data), len(test_data)) == (60_000, 10_000)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
@@ -214,7 +229,7 @@ def test_a_root_that_cannot_be_used_is_named(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(os, "makedirs", fail)
     for name in ("MNIST", "auto"):
-        with pytest.raises(OSError, match="read or write MNIST's files.*DATA_DIR") as error:
+        with pytest.raises(OSError, match="MNIST's files cannot be.*DATA_DIR") as error:
             utils.load_data(name, tmp_path)
         assert error.value.errno == code and str(tmp_path) in str(error.value)
 
