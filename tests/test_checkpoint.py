@@ -427,6 +427,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, finished):
         ["torch", "torchvision", "matplotlib.pyplot", "sklearn.datasets"]
     )
     generator, kills, wanted = random.Random(0), Counter(), int(os.environ.get("KILLS", 6))
+    whole = 0.0  # seconds that a run takes which is not killed, the first one's
 
     def start(path, moment, patience=None):
         """Train until done or killed, after `patience` seconds at the latest."""
