@@ -39,6 +39,7 @@ DISK_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EIO),
 )
+DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
@@ -309,24 +310,20 @@ def _load_torchvision(dataset, root):
     if dataset is datasets.QMNIST:
         resources = resources["train"] + resources["test"]
     files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
-    damaged = [file.name for file in files if _damaged(file, RAW_MD5.get(name, {}).get(file.name))]
+    sums = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
     for address, md5 in resources:
         archive = folder / Path(address).name
-        if not (folder / archive.stem).exists() and _damaged(archive, md5):
-            damaged.append(archive.name)
+        if not archive.with_suffix("").exists():  # it is still to be unpacked
+            sums[archive] = md5
     try:
-        if damaged:
-            raise _DamageError(f"not what was published: {', '.join(damaged)}")
-        pair = tuple(dataset(root, train=train, download=True) for train in (True, False))
-        for data, part in zip(pair, ("training", "test"), strict=True):
-            _, targets = _tensors(data)
-            if data.data.shape != (len(targets), 28, 28):
-                raise _DamageError(
-                    f"{len(targets)} {part} labels for images of shape {tuple(data.data.shape)}"
-                )
-            if not 0 <= targets.min() <= targets.max() < len(data.classes):
-                raise _DamageError(f"{part} labels from {targets.min()} to {targets.max()}")
-        return pair
+        damage = [
+            f"{file.name} is not what was published"
+            for file, md5 in sums.items()
+            if file.exists() and not check_integrity(file, md5)
+        ]
+        pair = (
+            () if damage else [dataset(root, train=part, download=True) for part in (True, False)]
+        )
     except Exception as error:
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise OSError(
@@ -335,25 +332,23 @@ def _load_torchvision(dataset, root):
                 "variable DATA_DIR, name a folder where they can, and have room",
                 str(folder),
             ) from error
-        if isinstance(error, _DamageError) or all(file.exists() for file in files):
-            raise ValueError(
-                f"the files in '{folder}' are damaged ({error!r}): delete that folder to download "
-                "them again"
-            ) from error
+        if all(file.exists() for file in files):
+            raise ValueError(DAMAGED.format(folder, repr(error))) from error
         raise FileNotFoundError(
             f"{name} is not in '{root}' and could not be downloaded. Put "
             f"{', '.join(file.name for file in files)} into '{folder}', or name another folder in "
             "the environment variable DATA_DIR, or go without a network: load_data('digits'). "
             f"What was tried: {error}"
         ) from error
-
-
-class _DamageError(Exception):
-    pass
-
-
-def _damaged(file, md5):
-    return md5 is not None and file.exists() and not check_integrity(file, md5)
+    for data in pair:
+        images, targets = _tensors(data)
+        if images.shape != (len(targets), 28, 28):
+            damage.append(f"{len(targets)} labels for images of shape {tuple(images.shape)}")
+        elif not 0 <= targets.min() <= targets.max() < len(data.classes):
+            damage.append(f"labels from {targets.min()} to {targets.max()}")
+    if damage:
+        raise ValueError(DAMAGED.format(folder, "; ".join(damage)))
+    return pair
 
 
 class Digits(datasets.MNIST):

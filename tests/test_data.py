@@ -172,7 +172,7 @@ def test_one_flipped_pixel_is_noticed(published, tmp_path, offline):
     content[5_000_000] ^= 1
     file.write_bytes(content)
     for name in ("MNIST", "auto"):
-        with pytest.raises(ValueError, match="(?s)damaged.*: .*t10k-images-idx3-ubyte.*delete"):
+        with pytest.raises(ValueError, match="(?s)damaged.*t10k-images-idx3-ubyte is not.*delete"):
             utils.load_data(name, tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_fuzzed_files_are_refused(published, tmp_path, offline):
         )
         content = file.read_bytes()
         file.write_bytes(damage(content, generator))
-        with pytest.raises(ValueError, match=f"(?s)damaged.*: {file.name}.*delete"):
+        with pytest.raises(ValueError, match=f"(?s)damaged.*{file.name} is not what.*delete"):
             utils.load_data("MNIST", tmp_path)
         file.write_bytes(content)
     assert len(utils.load_data("MNIST", tmp_path)[0]) == 60_000
@@ -199,11 +199,11 @@ def test_sets_without_known_sums_are_checked_for_sense(tmp_path, offline, name, 
     content = bytearray(labels.read_bytes())
     if kind == "a label of 77":
         content[-row + row // 32 * 3] = 77  # the last label's first number, big-endian
-        message = "training labels from 0 to 77"
+        message = "labels from 0 to 77"
     else:
         content = content[:-row]
         content[7] = 29
-        message = r"29 training labels for images of shape \(30, 28, 28\)"
+        message = r"29 labels for images of shape \(30, 28, 28\)"
     labels.write_bytes(content)
     with pytest.raises(ValueError, match=f"(?s)damaged.*{message}.*delete"):
         utils.load_data(name, tmp_path)
