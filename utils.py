@@ -310,20 +310,17 @@ def _load_torchvision(dataset, root):
     if dataset is datasets.QMNIST:
         resources = resources["train"] + resources["test"]
     files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
-    sums = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
-    for address, md5 in resources:
-        archive = folder / Path(address).name
-        if not archive.with_suffix("").exists():  # it is still to be unpacked
-            sums[archive] = md5
+    archives = {folder / Path(address).name: md5 for address, md5 in resources}
+    raw = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
+    incomplete = []
     try:
-        damage = [
-            f"{file.name} is not what was published"
-            for file, md5 in sums.items()
-            if file.exists() and not check_integrity(file, md5)
-        ]
-        pair = (
-            () if damage else [dataset(root, train=part, download=True) for part in (True, False)]
+        damaged, incomplete = (
+            [file.name for file in sums if file.exists() and not check_integrity(file, sums[file])]
+            for sums in (raw, archives)
         )
+        damage = [f"{file} is not what was published" for file in damaged]
+        splits = () if damage else (True, False)
+        pair = [dataset(root, train=split, download=True) for split in splits]
     except Exception as error:
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise OSError(
@@ -332,7 +329,7 @@ def _load_torchvision(dataset, root):
                 "variable DATA_DIR, name a folder where they can, and have room",
                 str(folder),
             ) from error
-        if all(file.exists() for file in files):
+        if incomplete or all(file.exists() for file in files):
             raise ValueError(DAMAGED.format(folder, repr(error))) from error
         raise FileNotFoundError(
             f"{name} is not in '{root}' and could not be downloaded. Put "
@@ -342,7 +339,7 @@ def _load_torchvision(dataset, root):
         ) from error
     for data in pair:
         images, targets = _tensors(data)
-        if images.shape != (len(targets), 28, 28):
+        if len(targets) == 0 or images.shape != (len(targets), 28, 28):
             damage.append(f"{len(targets)} labels for images of shape {tuple(images.shape)}")
         elif not 0 <= targets.min() <= targets.max() < len(data.classes):
             damage.append(f"labels from {targets.min()} to {targets.max()}")
