@@ -1,6 +1,6 @@
 """Checkpoints: whole, safe, and bit-exact to resume from.
 
-The long forms: KILLS=50 FUZZ=1000 pytest -s -k "killed or fuzzed"
+The long forms: KILLS=50 FUZZ=1000 pytest -s -k "killed_runs or fuzzed"
 """
 
 import contextlib
