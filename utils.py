@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
 DISK_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO),
 )
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
@@ -199,9 +199,10 @@ class _Meter:
                     f"of shape {tuple(target.shape)}; of one-hot rows, take .argmax(dim=1)"
                 )
             self.labels = target if target.device.type == "cpu" else None
+            ahead = self.device.type != "cpu"  # the host need not wait for the copy
             yield (
-                data.to(self.device, non_blocking=True),
-                target.to(self.device, torch.long, non_blocking=True),
+                data.to(self.device, non_blocking=ahead),
+                target.to(self.device, torch.long, non_blocking=ahead),
             )
 
     def check(self, output, target):
@@ -277,8 +278,8 @@ def load_data(name="auto", root=None):
         The two datasets carry the name that was loaded as `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
 
-    MNIST's and Fashion-MNIST's files are compared with their MD5, of the others' images and labels
-    the number and the range.
+    MNIST's and Fashion-MNIST's files are compared with their MD5. Of the others it is checked that
+    each image is 28×28 and has a label, and that the labels are in range.
 
     Raises ValueError for another name and for damaged files, FileNotFoundError where the files are
     absent and cannot be downloaded, OSError where `root` cannot be read or written.
@@ -692,13 +693,15 @@ def load_checkpoint(
     The dictionary has the keys epoch, train_losses, train_acc, test_losses, test_acc, model,
     optimizer, scheduler, average, kinds, random and hyperparameters; its tensors are on the CPU.
 
-    model, optimizer, scheduler, average: get the state saved for them. With an optimizer, training
-        goes on, so the global random states are restored too.
+    model, optimizer, scheduler, average: get the state saved for them, with the settings that it
+        holds. With an optimizer, training goes on, so the global random states are restored too;
+        a `BatchLoader` goes on where its `epoch` is set to the checkpoint's.
     train_losses, train_acc, test_losses, test_acc: lists whose content is replaced.
     hyperparameters: dictionary to compare with the one saved.
 
     Raises FileNotFoundError where there is no file, and ValueError where it is damaged or another
-    kind of file, or where what is given differs from what was saved: nothing is restored then.
+    kind of file, or where it does not fit: other hyperparameters, another kind of optimizer or
+    scheduler, other names, shapes or dtypes in a model. Nothing is restored then.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -734,7 +737,10 @@ def load_checkpoint(
             different += _differences(there, _describe(name, state, type(part).__name__))
     if different:
         more = f", and {len(different) - 8} more" if len(different) > 8 else ""
-        raise ValueError(f"'{path}' is another run's: {', '.join(different[:8])}{more}")
+        raise ValueError(
+            f"'{path}' is another run's: {', '.join(different[:8])}{more}; set that back, or move "
+            "the file away to start anew"
+        )
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(copy.deepcopy(checkpoint[name]))  # optimizers keep what they get
@@ -762,8 +768,9 @@ def _describe(name, state, kind):
         return {"the scheduler": kind, "the scheduler's total_steps": state.get("total_steps")}
     return {
         f"{name}.{key}": f"{tuple(value.shape)} {value.dtype}"
-        for key, value in state.items()
         if isinstance(value, torch.Tensor)
+        else "no tensor"
+        for key, value in state.items()
     }
 
 
@@ -771,7 +778,7 @@ def _differences(there, here):
     return [
         f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
         for key in there | here
-        if key not in there or key not in here or there[key] != here[key]
+        if key not in there or key not in here or repr(there[key]) != repr(here[key])
     ]
 
 

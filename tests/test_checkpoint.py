@@ -303,14 +303,6 @@ def test_fuzzed_checkpoint_is_refused(tmp_path, finished):
     assert equal(load_checkpoint(path), load_checkpoint(finished.path))
 
 
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("here, there", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_other_device(tmp_path, samples, here, there):
@@ -333,20 +325,24 @@ def test_other_device(tmp_path, samples, here, there):
         torch.testing.assert_close(one.cpu(), two.cpu(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "signed"])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, kind):
-    path, mark = tmp_path / "checkpoint.pt", tmp_path / "executed"
-    buffer = io.BytesIO()
-    evil = dict.fromkeys(utils.CHECKPOINT_KEYS, Evil(mark))
-    pickle.dump(evil, buffer) if kind == "pickle" else torch.save(evil, buffer)
-    content = buffer.getvalue()
-    path.write_bytes(content + hashlib.sha256(content).digest() * (kind != "torch"))
-    with pytest.raises(ValueError, match="checkpoint.pt"):
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save, load", [(pickle.dump, pickle.load), (torch.save, torch.load)])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, save, load):
+    path, mark, buffer = tmp_path / "checkpoint.pt", tmp_path / "executed", io.BytesIO()
+    save(dict.fromkeys(utils.CHECKPOINT_KEYS, Evil(mark)), buffer)
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    with pytest.raises(ValueError, match="checkpoint.pt' was not read"):
         load_checkpoint(path)
     assert not mark.exists()
-    torch.load(io.BytesIO(content), weights_only=False) if kind != "pickle" else pickle.loads(
-        content
-    )
+    buffer.seek(0)
+    load(buffer, **({"weights_only": False} if load is torch.load else {}))
     assert mark.exists()  # it would have
 
 
@@ -461,5 +457,5 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, finished):
         assert equal(run.state()[:2], finished.state()[:2])
         if kills.total() >= wanted:
             break
-    print(f"{kills.total()} kills in {number} runs: {dict(kills)}")
+    print(f"{kills.total()} kills in {number - 1} runs: {dict(kills)}")  # two were left alone
     assert wanted < 50 or set(kills) == {*SAVING, "any"}, kills

@@ -78,7 +78,7 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
         assert (folder / "runs" / name).stat().st_size > 1000
     epochs, expected = EPOCH.findall(stdout(whole)), weights(folder)
     checkpoint = (folder / "runs" / "checkpoint.pt").read_bytes()
-    moved = f"The checkpoint of an earlier run is now {Path('runs', 'checkpoint.pt.bak')}\n"
+    moved = f"The checkpoint of the run before is now {Path('runs', 'checkpoint.pt.bak')}\n"
 
     stopped = nbformat.read("S5.ipynb", as_version=4)
     (loop,) = [cell for cell in code_cells(stopped) if "for epoch in" in cell.source]
@@ -93,7 +93,7 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
     stopped.cells.insert(stopped.cells.index(loop) + 1, again)
     NotebookClient(stopped, resources={"metadata": {"path": "."}}).execute()
     assert loop.outputs[-1]["ename"] == "KeyboardInterrupt"
-    assert moved in stdout(stopped) and "Going on after epoch 1\n" in stdout(stopped)
+    assert moved in stdout(stopped) and "Going on after epoch 1 of 4\n" in stdout(stopped)
     assert (folder / "runs" / "checkpoint.pt.bak").read_bytes() == checkpoint
     assert EPOCH.findall(stdout(stopped)) == epochs and torch.equal(weights(folder), expected)
 
@@ -106,7 +106,9 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
                 break
     Path("S5.py").write_text(Path("S5.py").read_text().replace("RESUME = False", "RESUME = True"))
     resumed = subprocess.run([sys.executable, "S5.py"], capture_output=True, text=True, check=True)
-    assert moved in printed and re.search(r"^Going on after epoch [234]$", resumed.stdout, re.M)
+    assert moved in printed and re.search(
+        r"^Going on after epoch [234] of 4$", resumed.stdout, re.M
+    )
     lines = EPOCH.findall("".join(printed)) + EPOCH.findall(resumed.stdout)
     assert lines[:2] == epochs[:2] and set(lines) <= set(epochs)
     assert torch.equal(weights(folder), expected)
