@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -29,6 +30,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image, ImageOps
+from scipy import ndimage
+from skimage import filters, measure, morphology
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
@@ -40,6 +45,8 @@ DISK_ERRORS = (
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO),
 )
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
+WORK = 400  # pixels along the longer side at which a digit is looked for
+PEN = 2.2  # pixels, the least thickness of a stroke in a prepared image
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
@@ -165,6 +172,23 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
 
 
 test.__test__ = False  # or pytest takes it for a test wherever it is imported by name
+
+
+def predict(model, device, loader):
+    """Return `(predictions, probabilities, targets)` for all samples of a loader, in its order.
+
+    They lie on the CPU: classes (N,), float probabilities (N, classes) whose rows sum to 1, and
+    labels (N,). Arguments and errors as for `test`; the model gives logits or log-probabilities.
+    """
+    seen = []
+
+    def keep(output, target):
+        seen.append((output.softmax(dim=1), target))
+        return output.new_zeros(())
+
+    test(model, device, loader, keep, progress=False)
+    probabilities, targets = (torch.cat(parts).cpu() for parts in zip(*seen, strict=True))
+    return probabilities.argmax(dim=1), probabilities, targets
 
 
 class _Meter:
@@ -537,6 +561,194 @@ def affine_matrices(angle, translate, scale, shear):
     return torch.cat((inverse, -shift), dim=2)
 
 
+# --- one image, as people have it
+
+
+def predict_image(model, image):
+    """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, prepared)`.
+
+    probabilities: float tensor (classes,) that sums to 1; a low maximum says that the model is not
+        sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
+
+    image: a path, a PIL image or an array, (H, W) or (H, W, 1 to 4), of bytes or of floats 0 to 1;
+        dark on light or light on dark, in any light, the digit anywhere and of any size, specks and
+        lines around it. It should be the only digit that does not touch the border.
+
+    The digit is prepared as MNIST's were, its box scaled to 20×20 pixels and its centre of mass put
+    into the middle of 28×28 (http://yann.lecun.com/exdb/mnist), and thin pens are made as broad as
+    MNIST's.
+
+    Raises FileNotFoundError where there is no such file, and ValueError where the image is none, is
+    of more than 100 million pixels, has no ink in it or several digits.
+    """
+    prepared = _prepare(_find_digit(_upright_grey(image)))
+    data = SimpleNamespace(data=torch.from_numpy(prepared)[None], targets=torch.zeros(1).long())
+    device = next(model.parameters()).device
+    predictions, probabilities, _ = predict(model, device, BatchLoader(data, 1, device=device))
+    return int(predictions), probabilities[0], prepared
+
+
+def _upright_grey(image):
+    """Return an image as floats (H, W), 0 to 1, its longer side at most about 1,000 pixels."""
+    if isinstance(image, Image.Image):
+        picture, where = image, "the image"
+    elif isinstance(image, (str, os.PathLike)):
+        picture, where = _open(image), f"'{image}'"
+    else:
+        picture, where = _from_array(image), "the array"
+    if min(picture.size) < 8 or math.prod(picture.size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"expected an image of 8×8 to {Image.MAX_IMAGE_PIXELS:,} pixels, {where} has "
+            "{}×{}".format(*picture.size)
+        )
+    if picture.mode.startswith(("I", "F")):  # more than 8 bits
+        values = np.asarray(picture, float)
+        picture = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype("u1"))
+    has_alpha = "A" in picture.getbands() or "transparency" in picture.info
+    picture = picture.convert("LA" if has_alpha else "L")
+    picture = ImageOps.exif_transpose(picture.reduce(max(1, round(max(picture.size) / 1000))))
+    if not has_alpha:
+        return np.asarray(picture, float) / 255
+    grey, alpha = np.moveaxis(np.asarray(picture, float) / 255, 2, 0)
+    paper = float(np.average(grey, weights=alpha + 1e-9) < 0.5)  # dark ink is laid on white
+    return grey * alpha + paper * (1 - alpha)
+
+
+def _open(path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path)
+            picture.load()
+        return picture
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise of every kind
+        raise ValueError(
+            f"'{path}' was not read: expected an image of a kind that Pillow knows, of at most "
+            f"{Image.MAX_IMAGE_PIXELS:,} pixels ({error!r:.200})"
+        ) from error
+
+
+def _from_array(values):
+    array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    if array.ndim == 3 and array.shape[2] > 4 >= array.shape[0]:  # channels first
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    numbers = array.dtype.kind in "buif" and array.size > 0 and np.isfinite(array).all()
+    fits = array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4)
+    if not (numbers and fits and 0 <= array.min() <= array.max() <= 255):
+        span = f", {array.min()} to {array.max()}" if numbers else ""
+        raise ValueError(
+            "expected a path, a PIL image or an array (H, W) or (H, W, 1 to 4) of bytes 0 to 255 "
+            f"or floats 0 to 1, got {type(values).__name__}: {array.dtype} {array.shape}{span}"
+        )
+    if array.max() <= 1:
+        array = 255 * array.astype(float)
+    return Image.fromarray(array.round().astype(np.uint8))
+
+
+def _find_digit(grey):
+    """Return the mask (H, W) of the digit's ink, cut to its box, at a scale of its own."""
+    for last in (False, True):
+        scale = WORK / max(grey.shape)
+        small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
+        mask = _ink(small)
+        digit = _choose(mask)
+        (rows, columns), sides = ndimage.find_objects(digit)[0], small.shape
+        extent = max(rows.stop - rows.start, columns.stop - columns.start)
+        if last or extent > 0.4 * WORK or scale >= 1:
+            return digit[rows, columns] > 0
+        grey = grey[  # look again, nearer
+            tuple(
+                slice(max(0, int((s.start - 0.5 * extent) / scale)), int((s.stop + 0.5 * extent) / scale))
+                for s in (rows, columns)
+            )
+        ]
+
+
+def _ink(grey):
+    """Return where there is ink on paper: the mask of `grey` (H, W), 0 to 1."""
+    smooth = ndimage.median_filter(grey, 3)
+    # The paper's light: a quadratic surface, fitted again and again without what is far from it.
+    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    values, paper = smooth.ravel(), np.ones(smooth.size, bool)
+    for _ in range(6):
+        off = values - terms @ np.linalg.lstsq(terms[paper], values[paper], rcond=None)[0]
+        paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
+    if (off**3).sum() > 0:
+        smooth = 1 - smooth  # light ink on dark paper
+    size = round(0.3 * min(grey.shape)) | 1
+    light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
+    ink = (ndimage.gaussian_filter(light, size / 4) - smooth).clip(min=0)
+    strong = ink[ink > filters.threshold_otsu(ink)] if np.ptp(ink) else ink
+    level, noise = np.median(strong), 1.5 * np.median(np.abs(ink - np.median(ink)))
+    if level < max(0.06, 4 * noise):
+        raise ValueError(
+            "found no ink in the image: expected a digit that is clearly darker, or clearly "
+            "lighter, than the paper around it"
+        )
+    return filters.apply_hysteresis_threshold(ink, 0.35 * level, 0.6 * level)
+
+
+def _choose(mask):
+    """Return, as 0 and 1, the parts of a mask that make up the digit in the middle."""
+    height, width = mask.shape
+    labels = measure.label(mask)
+    best, parts = 0, []
+    for part in measure.regionprops(labels):
+        top, left, bottom, right = part.bbox
+        edges = (top == 0) + (left == 0) + (bottom == height) + (right == width)
+        sides = bottom - top, right - left
+        away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
+        line = edges >= 2 and min(sides) < 0.15 * max(sides)
+        weight = 0 if line else max(sides) * (1 - away) * 0.4**edges
+        parts.append((weight, max(sides), edges, part.bbox, part.label))
+    parts.sort(reverse=True)
+    (_, size, _, box, main), others = parts[0], parts[1:]
+    keep = [main]
+    for weight, extent, edges, (top, left, bottom, right), label in others:
+        gap = math.hypot(
+            max(box[0] - bottom, top - box[2], 0), max(box[1] - right, left - box[3], 0)
+        )
+        if edges == 0 and gap < 0.2 * size and extent > 0.12 * size:
+            keep.append(label)
+        elif edges == 0 and gap > 0.3 * size and extent > 0.6 * size:
+            raise ValueError(
+                "found several digits far apart: expected one; cut the image to it"
+            )
+    return np.isin(labels, keep).astype(int)
+
+
+def _prepare(digit):
+    """Bring the mask of a digit into MNIST's form, uint8 (28, 28)."""
+    scale = 20 / max(digit.shape)
+    inside = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
+    thickness = 2 * np.median(inside[morphology.skeletonize(digit)]) - 0.5
+    grow = (PEN / scale - thickness) / 2
+    if grow > 0.5:
+        digit = np.pad(digit, math.ceil(grow) + 1)
+        digit = ndimage.distance_transform_edt(~digit) <= grow
+        digit = digit[ndimage.find_objects(digit.astype(int))[0]]
+        scale = 20 / max(digit.shape)
+    height, width = (max(1, round(side * scale)) for side in digit.shape)
+    small = _resize(digit.astype(float), (height, width)).clip(0, 1)
+    y, x = ndimage.center_of_mass(small)
+    top = min(max(round(13.5 - y), 0), 28 - height)
+    left = min(max(round(13.5 - x), 0), 28 - width)
+    canvas = np.zeros((28, 28))
+    canvas[top : top + height, left : left + width] = small
+    return (255 * canvas / canvas.max()).round().astype(np.uint8)
+
+
+def _resize(values, shape):
+    picture = Image.fromarray(values.astype(np.float32))
+    method = Image.Resampling.BOX if shape[0] < len(values) else Image.Resampling.BICUBIC
+    return np.asarray(picture.resize(shape[::-1], method), float)
+
+
 # --- plots
 
 
@@ -587,16 +799,109 @@ def plot_sample_data(data_loader, *, title=None):
             f"expected an integer label for each of {len(images)} images, got {labels.dtype} of "
             f"shape {tuple(labels.shape)}"
         )
-    dataset = getattr(data_loader, "dataset", None)
+    names = _class_names(data_loader)
+    return _plot_images(images, [names.get(label, label) for label in labels.tolist()], title)
+
+
+def plot_misclassified(loader, predictions, probabilities, targets, *, title=None):
+    """Plot up to 24 wrong predictions, the most confident first, and return the `Figure`.
+
+    Each bears its label, the prediction and the prediction's probability in percent.
+
+    loader: the one that gave the other three, by `predict`.
+
+    Raises ValueError where the loader's labels are not `targets`, as when it shuffles.
+    """
+    images, labels = zip(*loader, strict=True)
+    if not torch.equal(torch.cat(labels).cpu(), targets):
+        raise ValueError(
+            "expected the loader that gave these predictions, in the same order: its labels are "
+            "others; use one that does not shuffle"
+        )
+    confidences = probabilities.max(dim=1).values
+    wrong = (predictions != targets).nonzero().flatten()
+    wrong = wrong[confidences[wrong].argsort(descending=True)][:24]
+    names = _class_names(loader)
+    titles = [
+        f"{names.get(label, label)}\nread as {names.get(guess, guess)}, {percent:.0f} %"
+        for label, guess, percent in zip(
+            targets[wrong].tolist(),
+            predictions[wrong].tolist(),
+            (100 * confidences[wrong]).tolist(),
+            strict=True,
+        )
+    ]
+    return _plot_images(torch.cat(images)[wrong.to(images[0].device)], titles, title)
+
+
+def plot_confusion_matrix(predictions, targets, classes, *, title=None):
+    """Plot how often each class was taken for each other, and return the `Figure`.
+
+    Colour shows the errors alone, as the correct predictions on the diagonal would drown them.
+
+    predictions, targets: N integers each, 0 to len(classes) - 1.
+    classes: the classes' names.
+
+    Raises ValueError where there are no predictions, or they are not as many as the targets.
+    """
+    if len(predictions) != len(targets) or len(targets) == 0:
+        raise ValueError(
+            "expected as many predictions as targets, and one at least, got "
+            f"{len(predictions)} and {len(targets)}"
+        )
+    counts = confusion_matrix(targets, predictions, labels=range(len(classes)))
+    fig, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
+    plt.close(fig)
+    errors = counts - np.diag(counts.diagonal())
+    display = ConfusionMatrixDisplay(errors, display_labels=classes)
+    display.plot(ax=axes, cmap="Reds", colorbar=False, xticks_rotation=45)
+    for (true, predicted), text in np.ndenumerate(display.text_):
+        text.set_text(counts[true, predicted] or "")
+        if true == predicted:
+            text.set(color="gray", fontsize=9)
+    axes.set(xlabel="predicted", ylabel="true")
+    fig.suptitle(title)
+    return fig
+
+
+def plot_prediction(image, probabilities, prepared, *, title=None):
+    """Plot what `predict_image` was given, what the model saw of it, and what it made of that.
+
+    Takes the image, and of what `predict_image` returned for it the last two. Returns the `Figure`.
+    """
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    plt.close(fig)
+    left.imshow(_upright_grey(image), cmap="gray", vmin=0, vmax=1)
+    left.set_title("the image, in grey")
+    middle.imshow(prepared, cmap="gray", vmin=0, vmax=255)
+    middle.set_title("what the model sees")
+    for axes in (left, middle):
+        axes.axis("off")
+    percent = 100 * probabilities
+    bars = right.bar(range(len(percent)), percent)
+    right.bar_label(bars, [f"{value:.0f}" for value in percent], fontsize=8)
+    right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=range(len(percent)))
+    fig.suptitle(title)
+    return fig
+
+
+def _class_names(loader):
+    """Return {label: name} of the loader's dataset, empty where it has none."""
+    dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    classes = dict(enumerate(getattr(dataset, "classes", ())))
+    return dict(enumerate(getattr(dataset, "classes", ())))
+
+
+def _plot_images(images, titles, title):
+    """Show up to 24 images (N, 1, H, W) in a grid."""
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
     plt.close(fig)
-    low, high = float(images.min()), float(images.max())
-    for axes, image, label in zip(grid.flat, images.cpu(), labels.tolist(), strict=False):
+    images = images.cpu()
+    low, high = map(float, images.aminmax()) if len(images) else (0, 1)
+    for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
-        axes.set_title(classes.get(label, label), fontsize=9)
+        axes.set_title(name, fontsize=9)
     for axes in grid.flat:
         axes.axis("off")
     fig.suptitle(title)
