@@ -172,6 +172,13 @@ def test_readme_shows_the_committed_benchmark():
     assert {row["parameters"] for row in ours} == {count}
 
 
+def test_readme_shows_the_committed_ablation():
+    results = json.loads((ROOT / ".assets" / "ablation.json").read_text())
+    rows = benchmark.summarise(results["runs"])
+    assert {row["name"] for row in rows} == set(benchmark.ABLATION)
+    assert benchmark.ablation_table(rows) in (ROOT / "README.md").read_text()
+
+
 def test_multiply_adds_and_matmul_rate():
     assert benchmark.matmul_rate("cpu", size=64, repeats=3) > 0
     batch = torch.randn(8, 20), torch.arange(8)
