@@ -1,4 +1,4 @@
-"""Train, test, data and plot helpers for small image classifiers; the model is the caller's own.
+"""Train, test, data, plot and checkpoint helpers for small image classifiers; bring your own model.
 
 In short:
 
@@ -9,12 +9,18 @@ In short:
     loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
 """
 
+import contextlib
+import copy
+import errno
+import hashlib
+import io
 import math
 import os
 import random
 import time
 import warnings
-from numbers import Real
+from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +35,29 @@ from torchvision.datasets.utils import check_integrity
 from tqdm.auto import tqdm
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
+DISK_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO),
+)
+DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
+RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+CURVES = ("train_losses", "train_acc", "test_losses", "test_acc")
+PARTS = ("model", "optimizer", "scheduler", "average")
+CHECKPOINT_KEYS = {"epoch", "hyperparameters", "kinds", "random", *CURVES, *PARTS}
 
 
 # --- run
@@ -86,24 +114,26 @@ def train(
 
     Loss and accuracy are those of each batch as it was trained on, so before its update.
 
-    train_loader: any iterable of (images, labels) batches; they are moved to `device`.
+    model: gives an output of shape (N, classes), and is on `device`.
+    train_loader: any iterable of batches (images, labels), float images of the shape that the model
+        takes and N integer labels; they are moved to `device`.
     criterion: function or module of (output, labels), giving the mean over the batch, or the sum
         where it has `reduction="sum"`.
     train_losses, train_acc: lists to which the loss and the accuracy (percent) are appended.
     scheduler: a learning rate scheduler that is stepped after each batch.
     progress: show a progress bar.
 
-    Raises ValueError where the loader is empty or the criterion returns more than one number, and
-    FloatingPointError at a loss that is not finite.
+    Raises ValueError where the loader is empty, the model is on another device, the batches are of
+    another kind, a label is none of the model's classes or the criterion returns more than one
+    number, and FloatingPointError at a loss that is not finite.
     """
     model.train()
     with tqdm(train_loader, "train", leave=False, disable=not progress) as bar:
-        meter = _Meter(criterion, bar)
-        for data, target in train_loader:
-            data = data.to(device, non_blocking=True)
-            target = target.to(device, non_blocking=True)
+        meter = _Meter(model, device, train_loader, criterion, bar)
+        for data, target in meter.batches():
             optimizer.zero_grad()
             output = model(data)
+            meter.check(output, target)
             loss = criterion(output, target)
             meter.update(loss, output, target, optimizer.param_groups[0]["lr"])
             loss.backward()
@@ -117,36 +147,83 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, progress=True):
     """Evaluate `model` in evaluation mode and return its `Metrics(loss, accuracy)`.
 
-    Arguments and errors as for `train`. The model's mode is restored.
+    Arguments and errors as for `train`. The mode of the model and of each of its parts is restored.
     """
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with tqdm(test_loader, "test", leave=False, disable=not progress) as bar:
-            meter = _Meter(criterion, bar)
-            for data, target in test_loader:
-                data = data.to(device, non_blocking=True)
-                target = target.to(device, non_blocking=True)
+            meter = _Meter(model, device, test_loader, criterion, bar)
+            for data, target in meter.batches():
                 output = model(data)
+                meter.check(output, target)
                 meter.update(criterion(output, target), output, target)
             return meter.finish(test_losses, test_acc)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 test.__test__ = False  # or pytest takes it for a test wherever it is imported by name
 
 
 class _Meter:
-    """Loss and accuracy of one pass, kept on the device and read once in READ_EVERY batches."""
+    """Checks the batches of one pass, and adds up loss and accuracy where they were computed."""
 
-    def __init__(self, criterion, bar):
+    def __init__(self, model, device, loader, criterion, bar):
+        self.device = torch.empty(0, device=device).device  # with its index
+        here = {parameter.device for parameter in model.parameters()}
+        if here - {self.device}:
+            raise ValueError(
+                f"the model is on {', '.join(map(str, here))}, its batches go to {device}: call "
+                "model.to(device) before the optimizer is made"
+            )
+        self.loader = loader
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
         self.bar = bar
         self.start = time.perf_counter()
         self.unread = []  # per batch: loss, correct predictions, samples, learning rate
         self.steps = self.samples = self.correct = self.loss_sum = 0
         self.metrics = None
+
+    def batches(self):
+        """Yield the loader's batches on the device."""
+        for data, target in self.loader:
+            if not data.is_floating_point():
+                raise ValueError(
+                    f"expected normalised float images, as BatchLoader gives, got {data.dtype}"
+                )
+            if target.is_floating_point() or target.dim() != 1 or len(target) != len(data):
+                raise ValueError(
+                    f"expected an integer label for each of {len(data)} images, got {target.dtype} "
+                    f"of shape {tuple(target.shape)}; of one-hot rows, take .argmax(dim=1)"
+                )
+            self.labels = target if target.device.type == "cpu" else None
+            ahead = self.device.type != "cpu"  # the host need not wait for the copy
+            yield (
+                data.to(self.device, non_blocking=ahead),
+                target.to(self.device, torch.long, non_blocking=ahead),
+            )
+
+    def check(self, output, target):
+        """Compare output and labels, where these came from an accelerator the first time only."""
+        if output.dim() != 2 or len(output) != len(target):
+            raise ValueError(
+                f"expected a model whose output has shape ({len(target)}, classes), got "
+                f"{tuple(output.shape)}"
+            )
+        labels = self.labels
+        if labels is None:
+            if self.steps or self.unread:
+                return  # to look again, the host would have to wait
+            labels = self.loader.targets if isinstance(self.loader, BatchLoader) else target
+        labels = labels.cpu().numpy()
+        low, high = labels.min(), labels.max()
+        if low < 0 or high >= output.shape[1]:
+            raise ValueError(
+                f"expected labels from 0 to {output.shape[1] - 1}, since the model tells "
+                f"{output.shape[1]} classes apart, got {low} to {high}"
+            )
 
     def update(self, loss, output, target, lr=None):
         if loss.dim() != 0:
@@ -201,8 +278,11 @@ def load_data(name="auto", root=None):
         The two datasets carry the name that was loaded as `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
 
+    MNIST's and Fashion-MNIST's files are compared with their MD5. Of the others it is checked that
+    each image is 28×28 and has a label, and that the labels are in range.
+
     Raises ValueError for another name and for damaged files, FileNotFoundError where the files are
-    absent and cannot be downloaded.
+    absent and cannot be downloaded, OSError where `root` cannot be read or written.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
     if name == "auto":
@@ -231,22 +311,42 @@ def _load_torchvision(dataset, root):
     if dataset is datasets.QMNIST:
         resources = resources["train"] + resources["test"]
     files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
-    archives = [(folder / Path(address).name, md5) for address, md5 in resources]
-    damaged = any(path.exists() and not check_integrity(path, md5) for path, md5 in archives)
+    archives = {folder / Path(address).name: md5 for address, md5 in resources}
+    raw = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
+    incomplete = []
     try:
-        return tuple(dataset(root, train=train, download=True) for train in (True, False))
+        damaged, incomplete = (
+            [file.name for file in sums if file.exists() and not check_integrity(file, sums[file])]
+            for sums in (raw, archives)
+        )
+        damage = [f"{file} is not what was published" for file in damaged]
+        splits = () if damage else (True, False)
+        pair = [dataset(root, train=split, download=True) for split in splits]
     except Exception as error:
-        if damaged or all(file.exists() for file in files):
-            raise ValueError(
-                f"the files in '{folder}' are damaged ({error!r}): delete that folder to download "
-                "them again"
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise OSError(
+                error.errno,
+                f"{name}'s files cannot be read or written ({error.strerror}): in the environment "
+                "variable DATA_DIR, name a folder where they can, and have room",
+                str(folder),
             ) from error
+        if incomplete or all(file.exists() for file in files):
+            raise ValueError(DAMAGED.format(folder, repr(error))) from error
         raise FileNotFoundError(
             f"{name} is not in '{root}' and could not be downloaded. Put "
             f"{', '.join(file.name for file in files)} into '{folder}', or name another folder in "
             "the environment variable DATA_DIR, or go without a network: load_data('digits'). "
             f"What was tried: {error}"
         ) from error
+    for data in pair:
+        images, targets = _tensors(data)
+        if len(targets) == 0 or images.shape != (len(targets), 28, 28):
+            damage.append(f"{len(targets)} labels for images of shape {tuple(images.shape)}")
+        elif not 0 <= targets.min() <= targets.max() < len(data.classes):
+            damage.append(f"labels from {targets.min()} to {targets.max()}")
+    if damage:
+        raise ValueError(DAMAGED.format(folder, "; ".join(damage)))
+    return pair
 
 
 class Digits(datasets.MNIST):
@@ -299,12 +399,13 @@ class BatchLoader:
                 "expected a dataset whose .data is uint8 of shape (N, 28, 28) with N > 0, got "
                 f"{images.dtype} of shape {tuple(images.shape)}"
             )
-        if targets.shape != images.shape[:1]:
+        if targets.shape != images.shape[:1] or targets.is_floating_point():
             raise ValueError(
-                f"expected one label for each of {len(images)} images, got {tuple(targets.shape)}"
+                f"expected an integer label for each of {len(images)} images, got {targets.dtype} "
+                f"of shape {tuple(targets.shape)}; of one-hot rows, take .argmax(dim=1)"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         if augment is not None and not hasattr(augment, "draw"):
             raise TypeError(f"augment must be a RandomAffine, got {type(augment).__name__}")
         self.dataset = dataset
@@ -337,7 +438,8 @@ class BatchLoader:
             if self.augment:
                 images = self.augment(images.float(), matrices[batch])
             yield images.sub(255 * MEAN).div_(255 * STD), self.targets[index]
-        self.epoch = epoch + 1
+        if self.epoch == epoch:  # else it was set meanwhile, or another pass was quicker
+            self.epoch = epoch + 1
 
 
 def _tensors(dataset):
@@ -448,6 +550,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
         raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
     epochs = range(1, lengths[0] + 1)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    plt.close(fig)  # pyplot forgets it, whatever happens; the caller has it
     for axes, curves, name, final in (
         (left, (train_losses, test_losses), "loss", "{} {:.4f}"),
         (right, (train_acc, test_acc), "accuracy (%)", "{} {:.2f} %"),
@@ -463,15 +566,15 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(NullFormatter())
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
 def plot_sample_data(data_loader, *, title=None):
     """Plot up to 24 images of the first batch as they enter the model and return the `Figure`.
 
-    Each bears its class's name where the loader's dataset has `.classes`, else its label.
-    Raises ValueError where the loader is empty or its images are not of shape (N, 1, H, W).
+    Each bears its class's name where the loader's dataset has one, else its label.
+    Raises ValueError where the loader is empty, its images are not of shape (N, 1, H, W) or its
+    labels not N integers.
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
         images, labels = next(iter(data_loader), (torch.empty(0), None))
@@ -479,17 +582,226 @@ def plot_sample_data(data_loader, *, title=None):
         raise ValueError(
             f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
         )
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"expected an integer label for each of {len(images)} images, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}"
+        )
     dataset = getattr(data_loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    classes = getattr(dataset, "classes", None)
+    classes = dict(enumerate(getattr(dataset, "classes", ())))
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
+    plt.close(fig)
     low, high = float(images.min()), float(images.max())
     for axes, image, label in zip(grid.flat, images.cpu(), labels.tolist(), strict=False):
         axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
-        axes.set_title(classes[label] if classes else label, fontsize=9)
+        axes.set_title(classes.get(label, label), fontsize=9)
     for axes in grid.flat:
         axes.axis("off")
     fig.suptitle(title)
-    plt.close(fig)
     return fig
+
+
+# --- checkpoints
+
+
+def save_checkpoint(
+    path,
+    model,
+    optimizer,
+    train_losses,
+    train_acc,
+    test_losses,
+    test_acc,
+    *,
+    scheduler=None,
+    average=None,
+    hyperparameters=None,
+):
+    """Write all that a run needs in order to go on after a whole epoch as if it had never stopped.
+
+    The file is written beside `path`, flushed to disk and moved over it: whenever the machine dies,
+    `path` is the old checkpoint or the new one, whole. It ends with the SHA-256 of what precedes,
+    and holds tensors, numbers, strings, lists and dictionaries alone: `torch.load` reads it too.
+
+    train_losses, train_acc, test_losses, test_acc: lists with a number for each epoch so far.
+    average: a weight average, such as `torch.optim.swa_utils.AveragedModel`.
+    hyperparameters: dictionary by which `load_checkpoint` tells this run from another.
+
+    Raises TypeError for a state that holds anything else, ValueError for lists of unequal length
+    and OSError where the file cannot be written; the previous one is then untouched.
+    """
+    path = Path(path)
+    curves = train_losses, train_acc, test_losses, test_acc
+    lengths = [len(values) for values in curves]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
+    parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
+    kinds = {name: type(part).__name__ for name, part in parts.items()}
+    kind, numbers, *more = np.random.get_state()
+    random_states = {
+        "python": random.getstate(),
+        "numpy": (kind, numbers.tolist(), *more),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+    checkpoint = {
+        "epoch": lengths[0],
+        **dict(zip(CURVES, curves, strict=True)),
+        **{name: None if part is None else part.state_dict() for name, part in parts.items()},
+        "kinds": kinds,
+        "random": random_states,
+        "hyperparameters": hyperparameters or {},
+    }
+    buffer = io.BytesIO()
+    torch.save({key: _plain(value, key) for key, value in checkpoint.items()}, buffer)
+    content = buffer.getvalue()
+    unfinished = path.with_name(f"{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(content + hashlib.sha256(content).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno, f"could not write the checkpoint ({error.strerror})", str(path)
+            ) from error
+        raise
+
+
+def load_checkpoint(
+    path,
+    model=None,
+    optimizer=None,
+    train_losses=None,
+    train_acc=None,
+    test_losses=None,
+    test_acc=None,
+    *,
+    scheduler=None,
+    average=None,
+    hyperparameters=None,
+):
+    """Read a checkpoint, restore what is given from it, and return it as a dictionary.
+
+    The dictionary has the keys epoch, train_losses, train_acc, test_losses, test_acc, model,
+    optimizer, scheduler, average, kinds, random and hyperparameters; its tensors are on the CPU.
+
+    model, optimizer, scheduler, average: get the state saved for them, with the settings that it
+        holds. With an optimizer, training goes on, so the global random states are restored too;
+        a `BatchLoader` goes on where its `epoch` is set to the checkpoint's.
+    train_losses, train_acc, test_losses, test_acc: lists whose content is replaced.
+    hyperparameters: dictionary to compare with the one saved.
+
+    Raises FileNotFoundError where there is no file, and ValueError where it is damaged or another
+    kind of file, or where it does not fit: other hyperparameters, another kind of optimizer or
+    scheduler, other names, shapes or dtypes in a model. Nothing is restored then.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    content, digest = data[:-32], data[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError(
+            f"'{path}' is damaged, or not a checkpoint that save_checkpoint wrote: go back to an "
+            "earlier one, or move it away and start anew"
+        )
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        keys = set(checkpoint)
+    except Exception as error:
+        raise ValueError(
+            f"'{path}' was not read: it holds more than tensors, numbers, strings, lists and "
+            f"dictionaries, or comes from another version of PyTorch ({error!r:.200})"
+        ) from error
+    if keys != CHECKPOINT_KEYS:
+        raise ValueError(
+            f"'{path}' comes from another version of save_checkpoint: only one of the two knows "
+            f"{', '.join(sorted(map(str, keys ^ CHECKPOINT_KEYS)))}"
+        )
+
+    different = []
+    if hyperparameters is not None:
+        here = _plain(hyperparameters, "hyperparameters")
+        different += _differences(checkpoint["hyperparameters"], here)
+    parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
+    for name, part in parts.items():
+        if part is not None or optimizer is not None:
+            there = _describe(name, checkpoint[name], checkpoint["kinds"][name])
+            state = None if part is None else part.state_dict()
+            different += _differences(there, _describe(name, state, type(part).__name__))
+    if different:
+        more = f", and {len(different) - 8} more" if len(different) > 8 else ""
+        raise ValueError(
+            f"'{path}' is another run's: {', '.join(different[:8])}{more}; set that back, or move "
+            "the file away to start anew"
+        )
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(copy.deepcopy(checkpoint[name]))  # optimizers keep what they get
+    curves = train_losses, train_acc, test_losses, test_acc
+    for name, values in zip(CURVES, curves, strict=True):
+        if values is not None:
+            values[:] = checkpoint[name]
+    if optimizer is not None:
+        random.setstate(checkpoint["random"]["python"])
+        np.random.set_state(checkpoint["random"]["numpy"])
+        torch.set_rng_state(checkpoint["random"]["torch"])
+        if torch.cuda.is_available() and checkpoint["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
+    return checkpoint
+
+
+def _describe(name, state, kind):
+    """Return what the state of a model, optimizer or scheduler has to fit, by name."""
+    if state is None:
+        return {}
+    if name == "optimizer":
+        groups = [len(group["params"]) for group in state["param_groups"]]
+        return {"the optimizer": kind, "the optimizer's number of parameters": groups}
+    if name == "scheduler":
+        return {"the scheduler": kind, "the scheduler's total_steps": state.get("total_steps")}
+    return {
+        f"{name}.{key}": f"{tuple(value.shape)} {value.dtype}"
+        if isinstance(value, torch.Tensor)
+        else "no tensor"
+        for key, value in state.items()
+    }
+
+
+def _differences(there, here):
+    return [
+        f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
+        for key in there | here
+        if key not in there or key not in here or repr(there[key]) != repr(here[key])
+    ]
+
+
+def _plain(value, where):
+    """Copy a state to the CPU as what `torch.load` reads without running code."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, (str, int)) for key in value):
+            raise TypeError(f"the keys of {where} must be strings or integers: {list(value)}")
+        return {
+            str(key) if isinstance(key, str) else int(key): _plain(each, f"{where}.{key}")
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_plain(each, where) for each in value)
+    if value is None:
+        return None
+    for kind, plain in ((str, str), ((bool, np.bool_), bool), (Integral, int), (Real, float)):
+        if isinstance(value, kind):  # or what is derived from it, such as NumPy's
+            return plain(value)
+    raise TypeError(
+        "a checkpoint holds tensors, numbers, strings, lists and dictionaries, but "
+        f"{where} is of type {type(value).__name__}"
+    )

@@ -44,3 +44,19 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def damage(content, generator):
+    """Return other bytes than `content`: some flipped, some cut out, or some put in."""
+    start = generator.randrange(len(content))
+    end = min(len(content), start + generator.choice((1, 1, 8, 100, 10_000)))
+    match generator.randrange(4):
+        case 0:
+            flipped = bytes(byte ^ generator.randrange(1, 256) for byte in content[start:end])
+            return content[:start] + flipped + content[end:]
+        case 1:
+            return content[:start] + content[end:]
+        case 2:
+            return content[:start]
+        case _:
+            return content[:start] + generator.randbytes(end - start) + content[start:]

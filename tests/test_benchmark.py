@@ -1,6 +1,5 @@
 import json
 import re
-import subprocess
 import sys
 
 import benchmark
@@ -67,18 +66,18 @@ def test_reference_in_full_is_evaluated_and_steps_its_schedule(monkeypatch):
     assert steps == [0.7] * 3  # the first is the constructor's
 
 
-def test_quick_benchmark_prints_a_table_and_goes_on_where_it_stopped(tmp_path):
+def test_quick_benchmark_prints_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
     options = ["--data", "digits", "--epochs", "1", "--runs", "1", "--folder", str(tmp_path)]
-    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--quick", *options]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", *options])
+    benchmark.main()
+    printed = capfd.readouterr().out
     for name, epochs, accuracy, seconds in (
         (OURS, 1, r"[\d.]+", r"[\d.]+"),
         (EXAMPLE, 14, "not measured", r"[\d.]+ \(from 1 of its epochs\)"),
         (CLASSIC, 20, "not measured", r"[\d.]+ \(from 1 of its epochs\)"),
     ):
         row = rf"^\| {name} \| [\d,]+ \| {epochs} \| 1 \| {accuracy} \| {seconds} \|"
-        assert re.search(row, first.stdout, re.MULTILINE)
+        assert re.search(row, printed, re.MULTILINE)
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
     path = tmp_path / "benchmark.json"
@@ -86,12 +85,12 @@ def test_quick_benchmark_prints_a_table_and_goes_on_where_it_stopped(tmp_path):
     assert len(results["runs"]) == 3
     del results["runs"][0]
     path.write_text(json.dumps(results))
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count(", seed 0: ") == 1
+    benchmark.main()
+    assert capfd.readouterr().out.count(", seed 0: ") == 1
 
     path.write_text(json.dumps({**results, "machine": "another"}))
-    other = subprocess.run(command, capture_output=True, text=True)
-    assert other.returncode != 0 and "machine 'another'" in other.stderr
+    with pytest.raises(SystemExit, match="machine 'another'"):
+        benchmark.main()
 
 
 def test_held_out_images_are_others_for_each_seed_and_never_trained_on(digits):

@@ -1,12 +1,19 @@
 import copy
+import errno
 import http.client
+import os
+import random
 import re
+import shutil
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
 import torch
+from conftest import damage
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, ToTensor, v2
@@ -51,11 +58,17 @@ def offline(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", fail)
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Let any files be MNIST's."""
+    monkeypatch.setattr(utils, "RAW_MD5", {})
+
+
 # --- load_data
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, name):
+def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, unchecked, name):
     write_dataset(tmp_path, name)
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     for pair in (utils.load_data(name), utils.load_data(name, root=str(tmp_path))):
@@ -67,12 +80,12 @@ def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, nam
             assert torch.equal(labels, torch.arange(count) % 10)
 
 
-def test_auto_is_mnist_where_it_lies(tmp_path, offline):
+def test_auto_is_mnist_where_it_lies(tmp_path, offline, unchecked):
     write_dataset(tmp_path, "MNIST")
     assert [data.name for data in utils.load_data(root=tmp_path)] == ["MNIST", "MNIST"]
 
 
-def test_root_defaults_to_data(tmp_path, monkeypatch, offline):
+def test_root_defaults_to_data(tmp_path, monkeypatch, offline, unchecked):
     monkeypatch.delenv("DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data", "MNIST")
@@ -95,7 +108,7 @@ def test_auto_falls_back_to_digits_with_a_warning(tmp_path, offline):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03", b"not an idx file" * 100])
-def test_auto_never_replaces_damaged_files(tmp_path, offline, content):
+def test_auto_never_replaces_damaged_files(tmp_path, offline, unchecked, content):
     write_dataset(tmp_path, "MNIST")
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
     for name in ("auto", "MNIST"):
@@ -120,7 +133,7 @@ def test_a_connection_that_breaks_off_is_a_failed_download(tmp_path, monkeypatch
         utils.load_data("MNIST", tmp_path)
 
 
-def test_home_is_expanded(tmp_path, monkeypatch, offline):
+def test_home_is_expanded(tmp_path, monkeypatch, offline, unchecked):
     write_dataset(tmp_path, "MNIST")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATA_DIR", "~")
@@ -138,6 +151,87 @@ def test_mnist(mnist_root, offline):
     pixels = train_data.data / 255
     assert pixels.mean().item() == pytest.approx(utils.MEAN, abs=1e-4)
     assert pixels.std().item() == pytest.approx(utils.STD, abs=1e-4)
+
+
+@pytest.fixture
+def published(tmp_path, mnist_root):
+    """MNIST's folder, the large file linked, the others to be damaged."""
+    source, folder = mnist_root / "MNIST" / "raw", tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in utils.RAW_MD5["MNIST"]:
+        if name.startswith("train-images"):
+            (folder / name).symlink_to(source / name)
+        else:
+            shutil.copyfile(source / name, folder / name)
+    return folder
+
+
+def test_one_flipped_pixel_is_noticed(published, tmp_path, offline):
+    file = published / "t10k-images-idx3-ubyte"
+    content = bytearray(file.read_bytes())
+    content[5_000_000] ^= 1
+    file.write_bytes(content)
+    for name in ("MNIST", "auto"):
+        with pytest.raises(ValueError, match="(?s)damaged.*t10k-images-idx3-ubyte is not.*delete"):
+            utils.load_data(name, tmp_path)
+
+
+def test_fuzzed_files_are_refused(published, tmp_path, offline):
+    """Flip, cut or pad bytes of MNIST's files: each time the file is named."""
+    generator = random.Random(0)
+    for _ in range(int(os.environ.get("FUZZ", 10))):
+        file = generator.choice(
+            [each for each in sorted(published.iterdir()) if not each.is_symlink()]
+        )
+        content = file.read_bytes()
+        file.write_bytes(damage(content, generator))
+        with pytest.raises(ValueError, match=f"(?s)damaged.*{file.name} is not what.*delete"):
+            utils.load_data("MNIST", tmp_path)
+        file.write_bytes(content)
+    assert len(utils.load_data("MNIST", tmp_path)[0]) == 60_000
+
+
+@pytest.mark.parametrize("name, row", [("KMNIST", 1), ("QMNIST", 32)])  # bytes of a label
+@pytest.mark.parametrize("kind", ["a label of 77", "a label too few"])
+def test_sets_without_known_sums_are_checked_for_sense(tmp_path, offline, name, row, kind):
+    write_dataset(tmp_path, name)
+    (labels,) = (tmp_path / name / "raw").glob("*train-labels*")
+    content = bytearray(labels.read_bytes())
+    if kind == "a label of 77":
+        content[-row + row // 32 * 3] = 77  # the last label's first number, big-endian
+        message = "labels from 0 to 77"
+    else:
+        content = content[:-row]
+        content[7] = 29
+        message = r"29 labels for images of shape \(30, 28, 28\)"
+    labels.write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s)damaged.*{message}.*delete"):
+        utils.load_data(name, tmp_path)
+
+
+def test_a_stale_archive_beside_good_files_does_not_matter(tmp_path, offline, unchecked):
+    write_dataset(tmp_path, "MNIST")
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"half of a file")
+    assert len(utils.load_data("MNIST", tmp_path)[0]) == 30
+
+
+def test_fashion_mnist(mnist_root, offline):
+    if not (mnist_root / "FashionMNIST").exists():
+        pytest.skip("Fashion-MNIST is not beside MNIST")
+    train_data, test_data = utils.load_data("FashionMNIST", mnist_root)
+    assert (len(train_data), len(test_data)) == (60_000, 10_000)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_root_that_cannot_be_used_is_named(tmp_path, monkeypatch, code):
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "makedirs", fail)
+    for name in ("MNIST", "auto"):
+        with pytest.raises(OSError, match="MNIST's files cannot be.*DATA_DIR") as error:
+            utils.load_data(name, tmp_path)
+        assert error.value.errno == code and str(tmp_path) in str(error.value)
 
 
 def test_digits():
@@ -197,6 +291,16 @@ def test_each_sample_comes_once(count, batch_size, shuffle):
     assert torch.equal(labels, torch.arange(count)) == (not shuffle or count == 1)
 
 
+@given(count=st.integers(1, 300), batch_size=st.integers(1, 350), seed=st.integers(0, 2**63))
+@settings(max_examples=50, deadline=None)
+def test_contract_for_any_size(count, batch_size, seed):
+    loader = BatchLoader(numbered(count), batch_size, shuffle=True, seed=seed)
+    labels = [labels for _, labels in loader]
+    assert len(loader) == len(labels) and loader.epoch == 1
+    assert {len(each) for each in labels[:-1]} <= {batch_size} and len(labels[-1]) <= batch_size
+    assert sorted(torch.cat(labels).tolist()) == list(range(count))
+
+
 def augmented(seed=0):
     return BatchLoader(numbered(50), 20, shuffle=True, augment=RandomAffine(30), seed=seed)
 
@@ -229,6 +333,16 @@ def test_peeking_changes_nothing():
         pass
     assert peeked.epoch == 0
     assert torch.equal(passes(peeked, 2), passes(augmented(), 2)) and peeked.epoch == 2
+
+
+def test_an_old_iterator_does_not_set_the_epoch_back():
+    loader = augmented()
+    old = iter(loader)
+    next(old)
+    passes(loader, 2)
+    for _ in old:
+        pass
+    assert loader.epoch == 2
 
 
 def test_global_generators_stay_as_they_are():
@@ -267,10 +381,15 @@ def test_loader_refuses_what_it_cannot_batch():
     short.targets = short.targets[:3]
     with pytest.raises(ValueError, match=r"each of 5 images.*\(3,\)"):
         BatchLoader(short, 2)
+    for targets in (torch.eye(5), torch.arange(5.0)):
+        short.targets = targets
+        with pytest.raises(ValueError, match=r"integer label for each of 5.*float32.*argmax"):
+            BatchLoader(short, 2)
     with pytest.raises(TypeError, match="data and .targets.*TensorDataset.*DataLoader"):
         BatchLoader(TensorDataset(torch.zeros(5, 1, 28, 28)), 2)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        BatchLoader(numbered(5), 0)
+    for batch_size in (0, 2.5, "2"):
+        with pytest.raises(ValueError, match=f"integer of at least 1, got {batch_size!r}"):
+            BatchLoader(numbered(5), batch_size)
     with pytest.raises(TypeError, match="must be a RandomAffine, got RandomRotation"):
         BatchLoader(numbered(5), 2, augment=v2.RandomRotation(5))
 

@@ -3,9 +3,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import papermill
+import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 
@@ -54,35 +56,77 @@ def test_runs_on_mnist(folder, mnist_root, monkeypatch):
     assert check_run(notebook, "MNIST", 1) > 98
 
 
-def test_runs_on_digits_and_running_again_gives_the_same_again(folder):
-    """Restart and run all twice, the second time with the loop's cell once more at the end."""
-    first = papermill.execute_notebook(
-        "S5.ipynb", None, {"DATASET": "digits", "EPOCHS": 4}, progress_bar=False
-    )
-    assert check_run(first, "digits", 4) > 80
-    for name in ("samples.png", "curves.png", "model.pt"):
-        assert (folder / "runs" / name).stat().st_size > 1000
+def weights(folder):
+    state = torch.load(folder / "runs" / "model.pt")
+    return torch.cat([value.flatten().double() for value in state.values()])
 
-    second = nbformat.read("S5.ipynb", as_version=4)
-    for cell in code_cells(second):
+
+def script(folder, **parameters):
+    """Export the notebook with other parameters as S5.py; return the command that runs it."""
+    papermill.execute_notebook("S5.ipynb", "small.ipynb", parameters, prepare_only=True)
+    convert = ["nbconvert", "--to", "script", "--output", "S5", "small.ipynb"]
+    subprocess.run([sys.executable, "-m", *convert], check=True)
+    return [sys.executable, "-u", "S5.py"]
+
+
+def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
+    """Once whole, once stopped in epoch 2 and its cell run again, once killed and resumed."""
+    small = {"DATASET": "digits", "EPOCHS": 4}
+    whole = papermill.execute_notebook("S5.ipynb", None, small, progress_bar=False)
+    assert check_run(whole, "digits", 4) > 80
+    for name in ("samples.png", "curves.png", "model.pt", "checkpoint.pt"):
+        assert (folder / "runs" / name).stat().st_size > 1000
+    epochs, expected = EPOCH.findall(stdout(whole)), weights(folder)
+    checkpoint = (folder / "runs" / "checkpoint.pt").read_bytes()
+    moved = f"The checkpoint of the run before is now {Path('runs', 'checkpoint.pt.bak')}\n"
+
+    stopped = nbformat.read("S5.ipynb", as_version=4)
+    (loop,) = [cell for cell in code_cells(stopped) if "for epoch in" in cell.source]
+    for cell in code_cells(stopped):
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += '\nDATASET, EPOCHS, PROGRESS = "digits", 4, True'
-        if "for epoch in" in cell.source:
-            second.cells.append(nbformat.from_dict({**cell, "id": "loop-again"}))
-    NotebookClient(second, resources={"metadata": {"path": "."}}).execute()
+    again = nbformat.from_dict({**loop, "id": "again"})
+    stop = "evaluate = test\n\ndef test(*args, **kwargs):\n    if len(train_losses) == 2:\n"
+    stop += "        raise KeyboardInterrupt\n    return evaluate(*args, **kwargs)\n\n"
+    loop.source, loop.metadata["tags"] = stop + loop.source, ["raises-exception"]
+    again.source = "test = evaluate\n" + again.source
+    stopped.cells.insert(stopped.cells.index(loop) + 1, again)
+    NotebookClient(stopped, resources={"metadata": {"path": "."}}).execute()
+    assert loop.outputs[-1]["ename"] == "KeyboardInterrupt"
+    assert moved in stdout(stopped) and "Going on after epoch 1 of 4\n" in stdout(stopped)
+    assert (folder / "runs" / "checkpoint.pt.bak").read_bytes() == checkpoint
+    assert EPOCH.findall(stdout(stopped)) == epochs and torch.equal(weights(folder), expected)
 
-    epochs = EPOCH.findall(stdout(first))
-    assert EPOCH.findall(stdout(second)) == epochs + epochs
+    with subprocess.Popen(script(folder, **small), stdout=subprocess.PIPE, text=True) as run:
+        printed = []
+        for line in run.stdout:
+            printed.append(line)
+            if line.startswith("Epoch 2/4"):
+                run.kill()
+                break
+    Path("S5.py").write_text(Path("S5.py").read_text().replace("RESUME = False", "RESUME = True"))
+    resumed = subprocess.run([sys.executable, "S5.py"], capture_output=True, text=True, check=True)
+    assert moved in printed and re.search(
+        r"^Going on after epoch [234] of 4$", resumed.stdout, re.M
+    )
+    lines = EPOCH.findall("".join(printed)) + EPOCH.findall(resumed.stdout)
+    assert lines[:2] == epochs[:2] and set(lines) <= set(epochs)
+    assert torch.equal(weights(folder), expected)
+    hyperparameters = utils.load_checkpoint(folder / "runs" / "checkpoint.pt")["hyperparameters"]
+    del hyperparameters["AUGMENT"]
+    assert hyperparameters == {
+        **{"DATASET": "digits", "EPOCHS": 4, "SEED": 0},
+        **{"BATCH_SIZE": 128, "LEARNING_RATE": 0.01},
+    }
 
 
 def test_exported_script_falls_back_to_digits(folder):
-    papermill.execute_notebook("S5.ipynb", "small.ipynb", {"EPOCHS": 1}, prepare_only=True)
-    convert = ["nbconvert", "--to", "script", "--output", "S5", "small.ipynb"]
-    subprocess.run([sys.executable, "-m", *convert], check=True)
-    run = subprocess.run([sys.executable, "S5.py"], capture_output=True, text=True)
+    command = script(folder, EPOCHS=1, RESUME=True)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert re.search(r"Final test accuracy: [\d.]+ % \(digits, epoch 1\)$", run.stdout.strip())
     assert "'digits' INSTEAD OF MNIST" in run.stderr
+    assert "There is no runs/checkpoint.pt to go on with" in run.stdout
     assert (folder / "runs" / "curves.png").is_file()
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
@@ -79,6 +81,18 @@ def test_metrics_of_more_batches_than_are_read_at_once(linear, samples):
         assert accuracy == pytest.approx(expected_accuracy)
 
 
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=120))
+@settings(max_examples=30, deadline=None)
+def test_metrics_do_not_depend_on_the_split_into_batches(sizes):
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(sum(sizes), 5, generator=generator).log_softmax(dim=1)
+    labels = torch.randint(5, (sum(sizes),), generator=generator)
+    batches = zip(outputs.split(sizes), labels.split(sizes), strict=True)
+    loss, accuracy = utils.test(nn.Identity(), "cpu", batches, F.nll_loss, progress=False)
+    assert loss == pytest.approx(F.nll_loss(outputs, labels).item(), rel=1e-5)
+    assert accuracy == 100 * utils.get_correct_pred_count(outputs, labels) / sum(sizes)
+
+
 def test_train_is_the_textbook_loop(linear, samples):
     loader, reference = DataLoader(samples, 100), copy.deepcopy(linear)
     optimizer = sgd(reference)
@@ -143,6 +157,13 @@ def test_test_leaves_the_model_as_it_was(samples, training):
     assert model.training is training
 
 
+def test_test_restores_a_part_that_was_frozen(samples):
+    model = Net().train()
+    model.norm2.eval()
+    utils.test(model, "cpu", DataLoader(samples, 100), F.nll_loss)
+    assert model.training and model.norm1.training and not model.norm2.training
+
+
 def test_modes(samples):
     model, modes = Net().eval(), []
     model.register_forward_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
@@ -200,6 +221,61 @@ def test_criterion_that_returns_a_vector(linear, samples):
     ):
         with pytest.raises(ValueError, match=r"one number.*\(100,\).*reduction"):
             call()
+
+
+IMAGES, LABELS = torch.zeros(4, 1, 28, 28), torch.arange(4)
+
+
+@pytest.mark.parametrize("function", ["train", "test"])
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (IMAGES.byte(), LABELS, "float images.*uint8"),
+        (IMAGES, LABELS.float(), r"integer label for each of 4 images.*float32.*\(4,\)"),
+        (IMAGES, torch.eye(4, 10).long(), r"integer label.*int64 of shape \(4, 10\).*argmax"),
+        (IMAGES, LABELS[:3], r"each of 4 images.*\(3,\)"),
+        (IMAGES, LABELS + 7, "labels from 0 to 9, since the model tells 10 .*, got 7 to 10"),
+        (IMAGES, LABELS - 1, "labels from 0 to 9.*got -1 to 2"),
+    ],
+)
+def test_batches_of_another_kind(linear, function, images, labels, message):
+    before = copy.deepcopy(linear.state_dict())
+    good = IMAGES, LABELS
+    with pytest.raises(ValueError, match=message):
+        if function == "train":
+            utils.train(linear, "cpu", [(images, labels), good], sgd(linear), F.nll_loss)
+        else:
+            utils.test(linear, "cpu", [good, (images, labels)], F.nll_loss)
+    assert all(torch.equal(before[name], value) for name, value in linear.state_dict().items())
+
+
+def test_images_without_their_channel_are_named():
+    for call in (lambda model, images: model(images), lambda model, images: model(images[0])):
+        with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\), got"):
+            call(Net(), IMAGES.squeeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_any_integers_are_labels(linear, dtype):
+    expected = utils.test(linear, "cpu", [(IMAGES, LABELS)], F.nll_loss)
+    assert utils.test(linear, "cpu", [(IMAGES, LABELS.to(dtype))], F.nll_loss) == expected
+
+
+def test_model_on_another_device(linear, samples):
+    loader = DataLoader(samples, 100)
+    for call in (
+        lambda: utils.train(linear.to("meta"), "cpu", loader, sgd(linear), F.nll_loss),
+        lambda: utils.test(linear.to("meta"), "cpu", loader, F.nll_loss),
+    ):
+        with pytest.raises(ValueError, match=r"model is on meta.*go to cpu.*model.to\(device\)"):
+            call()
+
+
+def test_output_of_another_shape(samples):
+    loader = DataLoader(samples, 100)
+    for model in (nn.Identity(), nn.Flatten(0)):
+        with pytest.raises(ValueError, match=r"output has shape \(100, classes\), got"):
+            utils.test(model, "cpu", loader, F.nll_loss)
 
 
 class CountReads(TorchDispatchMode):
