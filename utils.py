@@ -40,10 +40,8 @@ from torchvision.datasets.utils import check_integrity
 from tqdm.auto import tqdm
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
-DISK_ERRORS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO),
-)
+DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 WORK = 400  # pixels along the longer side at which a digit is looked for
 PEN = 2.2  # pixels, the least thickness of a stroke in a prepared image
@@ -202,7 +200,7 @@ class _Meter:
                 f"the model is on {', '.join(map(str, here))}, its batches go to {device}: call "
                 "model.to(device) before the optimizer is made"
             )
-        self.loader = loader
+        self.loader, self.labels = loader, None
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
         self.bar = bar
         self.start = time.perf_counter()
@@ -337,6 +335,12 @@ def _load_torchvision(dataset, root):
     files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
     archives = {folder / Path(address).name: md5 for address, md5 in resources}
     raw = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
+    legacy = root / name / "processed" / "training.pt"
+    if legacy.exists():  # torchvision would take it instead, unchecked
+        raise ValueError(
+            f"'{legacy.parent}' holds files of an old torchvision, which bear no checksum: delete "
+            "that folder to use, or download, the original ones"
+        )
     incomplete = []
     try:
         damaged, incomplete = (
@@ -355,7 +359,8 @@ def _load_torchvision(dataset, root):
                 str(folder),
             ) from error
         if incomplete or all(file.exists() for file in files):
-            raise ValueError(DAMAGED.format(folder, repr(error))) from error
+            what = ", ".join(incomplete) or repr(error)
+            raise ValueError(DAMAGED.format(folder, what)) from error
         raise FileNotFoundError(
             f"{name} is not in '{root}' and could not be downloaded. Put "
             f"{', '.join(file.name for file in files)} into '{folder}', or name another folder in "
@@ -499,10 +504,10 @@ class RandomAffine:
     """
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
-        self.degrees = _symmetric(degrees)
-        self.translate = translate or (0.0, 0.0)
-        self.scale = scale or (1.0, 1.0)
-        self.shear = _symmetric(shear or 0.0)
+        self.degrees = _ranges(degrees, lengths=(2,))
+        self.translate = (0.0, 0.0) if translate is None else translate
+        self.scale = (1.0, 1.0) if scale is None else scale
+        self.shear = _ranges(0.0 if shear is None else shear, lengths=(2, 4))
         if len(self.shear) == 2:
             self.shear = (*self.shear, 0.0, 0.0)
         x, y = self.translate
@@ -535,12 +540,16 @@ class RandomAffine:
         return F.grid_sample(images, grid, align_corners=False)
 
 
-def _symmetric(value):
-    if not isinstance(value, Real):
-        return tuple(value)
-    if value < 0:
-        raise ValueError(f"expected an angle of at least 0, or its range (low, high), got {value}")
-    return (-value, value)
+def _ranges(value, lengths):
+    angles = (-value, value) if isinstance(value, Real) else tuple(value)
+    if len(angles) not in lengths or not all(
+        -math.inf < low <= high < math.inf
+        for low, high in zip(angles[::2], angles[1::2], strict=True)
+    ):
+        raise ValueError(
+            f"expected an angle of at least 0, or its range (low, high), in degrees, got {value}"
+        )
+    return angles
 
 
 def affine_matrices(angle, translate, scale, shear):
@@ -999,8 +1008,9 @@ def load_checkpoint(
     optimizer, scheduler, average, kinds, random and hyperparameters; its tensors are on the CPU.
 
     model, optimizer, scheduler, average: get the state saved for them, with the settings that it
-        holds. With an optimizer, training goes on, so the global random states are restored too;
-        a `BatchLoader` goes on where its `epoch` is set to the checkpoint's.
+        holds. With an optimizer, training goes on: every part that was saved must then be given,
+        and the global random states are restored too; a `BatchLoader` goes on where its `epoch`
+        is set to the checkpoint's.
     train_losses, train_acc, test_losses, test_acc: lists whose content is replaced.
     hyperparameters: dictionary to compare with the one saved.
 
@@ -1046,9 +1056,17 @@ def load_checkpoint(
             f"'{path}' is another run's: {', '.join(different[:8])}{more}; set that back, or move "
             "the file away to start anew"
         )
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(copy.deepcopy(checkpoint[name]))  # optimizers keep what they get
+    given = {name: part for name, part in parts.items() if part is not None}
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in given.items()}
+    try:
+        for name, part in given.items():
+            state = part.state_dict()  # a module's has its version beside the tensors
+            state.update(copy.deepcopy(checkpoint[name]))  # optimizers keep what they get
+            part.load_state_dict(state)
+    except Exception as error:
+        for name, part in given.items():
+            part.load_state_dict(before[name])
+        raise ValueError(f"'{path}' does not fit the {name} given: {error}") from error
     curves = train_losses, train_acc, test_losses, test_acc
     for name, values in zip(CURVES, curves, strict=True):
         if values is not None:

@@ -334,8 +334,9 @@ def plot(rows):
             text = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
             axes.annotate(text, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="training time (s)", ylabel="test error (%)")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.margins(x=0.12)  # room for the last label
+    for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, range(1, 10))):
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")

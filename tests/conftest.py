@@ -2,6 +2,8 @@ import os
 import shutil
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time; before torch is imported
+
 import pytest
 import torch
 import torch.nn as nn

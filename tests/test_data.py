@@ -120,7 +120,18 @@ def test_auto_never_replaces_damaged_archives(tmp_path, offline):
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(b"half of a file")
-    with pytest.raises(ValueError, match="(?s)MNIST.*damaged.*delete"):
+    with pytest.raises(ValueError, match=r"damaged \(train-images-idx3-ubyte.gz\): delete"):
+        utils.load_data("auto", tmp_path)
+
+
+def test_files_of_an_old_torchvision_are_refused(tmp_path, offline):
+    folder = tmp_path / "MNIST" / "processed"
+    folder.mkdir(parents=True)
+    for name in ("training.pt", "test.pt"):  # what torchvision takes before all others
+        torch.save((torch.zeros(30, 28, 28, dtype=torch.uint8), torch.zeros(30)), folder / name)
+    with pytest.raises(
+        ValueError, match="(?s)processed' holds files of an old torchvision.*delete"
+    ):
         utils.load_data("auto", tmp_path)
 
 
@@ -177,7 +188,7 @@ def test_one_flipped_pixel_is_noticed(published, tmp_path, offline):
 
 
 def test_fuzzed_files_are_refused(published, tmp_path, offline):
-    """Flip, cut or pad bytes of MNIST's files: each time the file is named."""
+    """Bytes of MNIST's files flipped, cut out or put in: each time the file is named."""
     generator = random.Random(0)
     for _ in range(int(os.environ.get("FUZZ", 10))):
         file = generator.choice(
@@ -476,6 +487,11 @@ def test_each_image_has_parameters_of_its_own():
     [
         ((-5,), "angle of at least 0.*got -5"),
         ((0, None, None, -5), "angle of at least 0.*got -5"),
+        (((9, 3),), r"range \(low, high\).*got \(9, 3\)"),
+        (((5,),), r"range \(low, high\).*got \(5,\)"),
+        ((float("nan"),), "angle of at least 0.*got nan"),
+        ((0, None, None, (1, 2, 3)), r"range.*got \(1, 2, 3\)"),
+        ((0, None, (0, 0)), r"scale.*and \(0, 0\)"),
         ((0, (2, 0)), r"translate.*got \(2, 0\)"),
         ((0, (0, -0.1)), r"translate.*got \(0, -0.1\)"),
         ((0, None, (0, 1)), r"scale.*and \(0, 1\)"),
