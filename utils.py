@@ -44,7 +44,7 @@ DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 WORK = 400  # pixels along the longer side at which a digit is looked for
-PEN = 2.2  # pixels, the least thickness of a stroke in a prepared image
+PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
@@ -663,72 +663,83 @@ def _find_digit(grey):
     for last in (False, True):
         scale = WORK / max(grey.shape)
         small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-        mask = _ink(small)
-        digit = _choose(mask)
-        (rows, columns), sides = ndimage.find_objects(digit)[0], small.shape
+        ink = _ink(small)
+        for low in (0.4, 0.2):  # where thin strokes fall apart, a second look
+            parts = filters.apply_hysteresis_threshold(ink, low, 0.6)
+            digit, others = _choose(parts)
+            if not others:
+                break
+        else:
+            raise ValueError("found several digits in the image: expected one; cut the image to it")
+        rows, columns = ndimage.find_objects(digit)[0]
         extent = max(rows.stop - rows.start, columns.stop - columns.start)
         if last or extent > 0.4 * WORK or scale >= 1:
             return digit[rows, columns] > 0
         grey = grey[  # look again, nearer
             tuple(
-                slice(max(0, int((s.start - 0.5 * extent) / scale)), int((s.stop + 0.5 * extent) / scale))
+                slice(
+                    max(0, int((s.start - 0.5 * extent) / scale)),
+                    int((s.stop + 0.5 * extent) / scale),
+                )
                 for s in (rows, columns)
             )
         ]
 
 
 def _ink(grey):
-    """Return where there is ink on paper: the mask of `grey` (H, W), 0 to 1."""
+    """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
     smooth = ndimage.median_filter(grey, 3)
     # The paper's light: a quadratic surface, fitted again and again without what is far from it.
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
-    values, paper = smooth.ravel(), np.ones(smooth.size, bool)
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    values, few = smooth[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
+    paper = np.ones(values.size, bool)
     for _ in range(6):
-        off = values - terms @ np.linalg.lstsq(terms[paper], values[paper], rcond=None)[0]
+        weights = np.linalg.lstsq(few[paper], values[paper], rcond=None)[0]
+        off = values - few @ weights
         paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
+    smooth = smooth - terms @ weights
     if (off**3).sum() > 0:
-        smooth = 1 - smooth  # light ink on dark paper
+        smooth = -smooth  # light ink on dark paper
     size = round(0.3 * min(grey.shape)) | 1
     light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
     ink = (ndimage.gaussian_filter(light, size / 4) - smooth).clip(min=0)
-    strong = ink[ink > filters.threshold_otsu(ink)] if np.ptp(ink) else ink
-    level, noise = np.median(strong), 1.5 * np.median(np.abs(ink - np.median(ink)))
-    if level < max(0.06, 4 * noise):
+    level, noise = np.percentile(ink, 99.95), 1.5 * np.median(np.abs(ink - np.median(ink)))
+    if level < max(0.06, 6 * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
             "lighter, than the paper around it"
         )
-    return filters.apply_hysteresis_threshold(ink, 0.35 * level, 0.6 * level)
+    return ink / level
 
 
 def _choose(mask):
-    """Return, as 0 and 1, the parts of a mask that make up the digit in the middle."""
+    """Return, as 0 and 1, the parts of a mask that make up the digit in the middle; and whether
+    there are others as large.
+    """
     height, width = mask.shape
     labels = measure.label(mask)
-    best, parts = 0, []
+    parts = []
     for part in measure.regionprops(labels):
         top, left, bottom, right = part.bbox
         edges = (top == 0) + (left == 0) + (bottom == height) + (right == width)
         sides = bottom - top, right - left
         away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
-        line = edges >= 2 and min(sides) < 0.15 * max(sides)
+        line = min(sides) < 0.15 * max(sides) and (edges >= 2 or sides[0] < sides[1])
         weight = 0 if line else max(sides) * (1 - away) * 0.4**edges
         parts.append((weight, max(sides), edges, part.bbox, part.label))
     parts.sort(reverse=True)
-    (_, size, _, box, main), others = parts[0], parts[1:]
-    keep = [main]
+    (best, size, _, box, main), others = parts[0], parts[1:]
+    keep, several = [main], False
     for weight, extent, edges, (top, left, bottom, right), label in others:
         gap = math.hypot(
             max(box[0] - bottom, top - box[2], 0), max(box[1] - right, left - box[3], 0)
         )
         if edges == 0 and gap < 0.2 * size and extent > 0.12 * size:
             keep.append(label)
-        elif edges == 0 and gap > 0.3 * size and extent > 0.6 * size:
-            raise ValueError(
-                "found several digits far apart: expected one; cut the image to it"
-            )
-    return np.isin(labels, keep).astype(int)
+        elif edges == 0 and gap > 0.3 * size and weight > 0.7 * best:
+            several = True
+    return np.isin(labels, keep).astype(int), several
 
 
 def _prepare(digit):
