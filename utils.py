@@ -588,7 +588,7 @@ def predict_image(model, image):
     MNIST's.
 
     Raises FileNotFoundError where there is no such file, and ValueError where the image is none, is
-    of more than 100 million pixels, has no ink in it or several digits.
+    larger than Pillow's limit of some 89 million pixels, has no ink in it or several digits.
     """
     prepared = _prepare(_find_digit(_upright_grey(image)))
     data = SimpleNamespace(data=torch.from_numpy(prepared)[None], targets=torch.zeros(1).long())
@@ -605,10 +605,11 @@ def _upright_grey(image):
         picture, where = _open(image), f"'{image}'"
     else:
         picture, where = _from_array(image), "the array"
-    if min(picture.size) < 8 or math.prod(picture.size) > Image.MAX_IMAGE_PIXELS:
+    width, height = picture.size
+    if min(width, height) < 8 or width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"expected an image of 8×8 to {Image.MAX_IMAGE_PIXELS:,} pixels, {where} has "
-            "{}×{}".format(*picture.size)
+            f"{width}×{height}"
         )
     if picture.mode.startswith(("I", "F")):  # more than 8 bits
         values = np.asarray(picture, float)
@@ -714,9 +715,7 @@ def _ink(grey):
 
 
 def _choose(mask):
-    """Return, as 0 and 1, the parts of a mask that make up the digit in the middle; and whether
-    there are others as large.
-    """
+    """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
     height, width = mask.shape
     labels = measure.label(mask)
     parts = []
@@ -843,7 +842,7 @@ def plot_misclassified(loader, predictions, probabilities, targets, *, title=Non
     wrong = wrong[confidences[wrong].argsort(descending=True)][:24]
     names = _class_names(loader)
     titles = [
-        f"{names.get(label, label)}\nread as {names.get(guess, guess)}, {percent:.0f} %"
+        f"{names.get(label, label)}\n→ {names.get(guess, guess)}, {percent:.0f} %"
         for label, guess, percent in zip(
             targets[wrong].tolist(),
             predictions[wrong].tolist(),
@@ -921,7 +920,7 @@ def _plot_images(images, titles, title):
     low, high = map(float, images.aminmax()) if len(images) else (0, 1)
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=8)
     for axes in grid.flat:
         axes.axis("off")
     fig.suptitle(title)
