@@ -896,7 +896,7 @@ def plot_prediction(image, probabilities, prepared, *, title=None):
     middle.set_title("what the model sees")
     for axes in (left, middle):
         axes.axis("off")
-    percent = 100 * probabilities
+    percent = 100 * np.asarray(probabilities)
     bars = right.bar(range(len(percent)), percent)
     right.bar_label(bars, [f"{value:.0f}" for value in percent], fontsize=8)
     right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=range(len(percent)))

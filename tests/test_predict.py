@@ -1,6 +1,9 @@
 import os
+import subprocess
+import sys
 
 import handwriting
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -41,11 +44,12 @@ def test_predict_takes_logits_and_refuses_an_empty_loader(samples):
 
 @pytest.fixture(scope="module")
 def net(mnist_root):
-    """Net after one epoch of the notebook's recipe, on MNIST."""
+    """Net after one epoch on a third of MNIST."""
     utils.set_seed(0)
     train_data, _ = utils.load_data("MNIST", mnist_root)
     augment = utils.RandomAffine(degrees=7, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=5)
-    loader = utils.BatchLoader(train_data, 128, shuffle=True, augment=augment)
+    third = torch.utils.data.Subset(train_data, range(20_000))
+    loader = utils.BatchLoader(third, 128, shuffle=True, augment=augment)
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=len(loader))
@@ -61,7 +65,7 @@ def test_handwriting_of_each_kind_is_read(net, kind):
         draw = handwriting.scan if kind == "scan" else handwriting.photo
         image = draw(index, rng) if kind == "scan" else draw(index, rng, kind)
         right += handwriting.read(net, image) == index
-    assert right >= 8  # of ten, after a single epoch
+    assert right >= 8  # of ten, after so short a training
 
 
 def test_digits_of_mnist_come_back_from_paper(net, mnist_root):
@@ -79,7 +83,7 @@ def five():
     """A dark five on light paper, 300 high and 200 wide, as an array."""
     rng = np.random.default_rng(3)
     image = handwriting.photo(5, rng, "plain").resize((200, 300))
-    return np.asarray(image)
+    return np.array(image)
 
 
 class Same(nn.Module):
@@ -97,7 +101,8 @@ class Same(nn.Module):
 def test_prepared_has_mnists_form_and_is_what_the_model_sees(five):
     model = Same().train()
     digit, probabilities, prepared = predict_image(model, five)
-    assert digit == 9 and torch.equal(probabilities, torch.arange(10.0).softmax(dim=0))
+    assert digit == 9
+    torch.testing.assert_close(probabilities, torch.arange(10.0).softmax(dim=0))
     assert prepared.shape == (28, 28) and prepared.dtype == np.uint8 and prepared.max() == 255
     rows, columns = np.nonzero(prepared > 20)
     assert 19 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 20
@@ -119,7 +124,7 @@ def variants(five, folder):
         yield clear
     yield 255 - five  # light on dark
     yield five / 255
-    yield torch.from_numpy(five)[None]
+    yield torch.tensor(five)[None]
     yield np.stack([five] * 3, axis=2)
     yield np.stack([five] * 3)
     picture.save(folder / "five.png")
@@ -188,15 +193,19 @@ def test_files_that_are_no_image(five, tmp_path):
 
 
 @pytest.mark.skipif("BROWSER" not in os.environ, reason="BROWSER does not name a Chromium")
-def test_a_digit_drawn_with_the_mouse_is_read(folder, mnist_root, monkeypatch):
-    import subprocess
-    import sys
-
-    import papermill
+def test_a_digit_drawn_with_the_mouse_is_read(net, folder):
     from playwright.sync_api import sync_playwright
 
-    monkeypatch.setenv("DATA_DIR", str(mnist_root))
-    papermill.execute_notebook("S5.ipynb", "S5.ipynb", {"EPOCHS": 1}, prepare_only=True)
+    notebook = nbformat.read("S5.ipynb", as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    torch.save(net.state_dict(), "model.pt")
+    cells["data"].source = 'train_data, _ = load_data("digits")'
+    cells["model"].source = 'model = Net()\nmodel.load_state_dict(torch.load("model.pt"))'
+    notebook.cells = [cells[name] for name in ("setup", "imports", "data", "model", "draw")]
+    for cell in notebook.cells:
+        cell.outputs = []
+    del notebook.metadata["widgets"]  # the pad of the run before
+    nbformat.write(notebook, "S5.ipynb")
     options = ["--no-browser", "--allow-root", "--port=8765", "--IdentityProvider.token="]
     lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options])
     try:
@@ -214,7 +223,7 @@ def test_a_digit_drawn_with_the_mouse_is_read(folder, mnist_root, monkeypatch):
             page.get_by_role("menuitem", name="Run", exact=True).click(timeout=120_000)
             page.get_by_text("Run All Cells", exact=True).click()
             canvas = page.locator("canvas[width='280']")
-            canvas.wait_for(timeout=240_000)
+            canvas.wait_for(timeout=60_000)
             canvas.scroll_into_view_if_needed()
             page.wait_for_timeout(1000)
             box = canvas.bounding_box()
@@ -240,9 +249,7 @@ def test_a_digit_drawn_with_the_mouse_is_read(folder, mnist_root, monkeypatch):
 def test_handwriting_table_runs(net, tmp_path, mnist_root, monkeypatch, capfd):
     torch.save(net.state_dict(), tmp_path / "model.pt")
     options = ["--model", str(tmp_path / "model.pt"), "--count", "1", "--printed", "2"]
-    command = [os.sys.executable, str(ROOT / "tests" / "handwriting.py"), *options]
-    import subprocess
-
+    command = [sys.executable, str(ROOT / "tests" / "handwriting.py"), *options]
     env = {**os.environ, "DATA_DIR": str(mnist_root)}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
