@@ -220,7 +220,8 @@ def test_a_digit_drawn_with_the_mouse_is_read(net, folder):
                     break
                 except Exception:
                     page.wait_for_timeout(1000)
-            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=120_000)
+            page.get_by_text("| Idle").wait_for(timeout=120_000)  # else it asks for a kernel
+            page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_text("Run All Cells", exact=True).click()
             canvas = page.locator("canvas[width='280']")
             canvas.wait_for(timeout=60_000)
