@@ -335,20 +335,16 @@ def _load_torchvision(dataset, root):
     files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
     archives = {folder / Path(address).name: md5 for address, md5 in resources}
     raw = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
-    legacy = root / name / "processed" / "training.pt"
-    if legacy.exists():  # torchvision would take it instead, unchecked
-        raise ValueError(
-            f"'{legacy.parent}' holds files of an old torchvision, which bear no checksum: delete "
-            "that folder to use, or download, the original ones"
-        )
+    legacy = root / name / "processed" / "training.pt"  # torchvision would take it, unchecked
     incomplete = []
     try:
+        is_old = legacy.exists()
         damaged, incomplete = (
             [file.name for file in sums if file.exists() and not check_integrity(file, sums[file])]
             for sums in (raw, archives)
         )
         damage = [f"{file} is not what was published" for file in damaged]
-        splits = () if damage else (True, False)
+        splits = () if damage or is_old else (True, False)
         pair = [dataset(root, train=split, download=True) for split in splits]
     except Exception as error:
         if getattr(error, "errno", None) in DISK_ERRORS:
@@ -367,6 +363,11 @@ def _load_torchvision(dataset, root):
             "the environment variable DATA_DIR, or go without a network: load_data('digits'). "
             f"What was tried: {error}"
         ) from error
+    if is_old:
+        raise ValueError(
+            f"'{legacy.parent}' holds files of an old torchvision, which bear no checksum: delete "
+            "that folder to use, or download, the original ones"
+        )
     for data in pair:
         images, targets = _tensors(data)
         if len(targets) == 0 or images.shape != (len(targets), 28, 28):

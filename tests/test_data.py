@@ -245,6 +245,11 @@ def test_a_root_that_cannot_be_used_is_named(tmp_path, monkeypatch, code):
         assert error.value.errno == code and str(tmp_path) in str(error.value)
 
 
+def test_a_root_whose_name_cannot_be_is_named(tmp_path):
+    with pytest.raises(OSError, match="MNIST's files cannot be read or written .*DATA_DIR"):
+        utils.load_data("MNIST", tmp_path / ("x" * 300))
+
+
 def test_digits():
     train_data, test_data = utils.load_data("digits")
     assert (len(train_data), len(test_data)) == (1437, 360)
