@@ -33,7 +33,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
@@ -864,6 +863,8 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
 
     Raises ValueError where there are no predictions, or they are not as many as the targets.
     """
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # takes a second
+
     if len(predictions) != len(targets) or len(targets) == 0:
         raise ValueError(
             "expected as many predictions as targets, and one at least, got "
