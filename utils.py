@@ -885,10 +885,12 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
     return fig
 
 
-def plot_prediction(image, probabilities, prepared, *, title=None):
+def plot_prediction(image, probabilities, prepared, classes=None, *, title=None):
     """Plot what `predict_image` was given, what the model saw of it, and what it made of that.
 
     Takes the image, and of what `predict_image` returned for it the last two. Returns the `Figure`.
+
+    classes: the classes' names; by default, 0, 1, 2 and so on.
     """
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     plt.close(fig)
@@ -902,6 +904,8 @@ def plot_prediction(image, probabilities, prepared, *, title=None):
     bars = right.bar(range(len(percent)), percent)
     right.bar_label(bars, [f"{value:.0f}" for value in percent], fontsize=8)
     right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=range(len(percent)))
+    if classes is not None:
+        right.set_xticklabels(classes, rotation=45, ha="right")
     fig.suptitle(title)
     return fig
 

@@ -123,9 +123,12 @@ def test_plot_confusion_matrix_colours_the_errors_alone():
 
 def test_plot_prediction_shows_image_and_probabilities():
     image = 255 - DATA.data[0].numpy()
-    figure = utils.plot_prediction(image, torch.arange(10) / 45, DATA.data[0].numpy(), title="it")
+    figure = utils.plot_prediction(
+        image, torch.arange(10) / 45, DATA.data[0].numpy(), DATA.classes, title="it"
+    )
     left, middle, right = figure.axes
     assert left.images[0].get_array().max() == 1 and middle.images[0].get_array().max() == 255
     heights = [bar.get_height() for bar in right.patches]
     assert heights == pytest.approx([100 * number / 45 for number in range(10)])
+    assert [label.get_text() for label in right.get_xticklabels()] == DATA.classes
     assert figure.get_suptitle() == "it"
