@@ -664,7 +664,7 @@ def _find_digit(grey):
     for last in (False, True):
         scale = WORK / max(grey.shape)
         small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-        ink = _ink(small)
+        ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
         for low in (0.4, 0.2):  # where thin strokes fall apart, a second look
             parts = filters.apply_hysteresis_threshold(ink, low, 0.6)
             digit, others = _choose(parts)
@@ -689,23 +689,23 @@ def _find_digit(grey):
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
-    smooth = ndimage.median_filter(grey, 3)
     # The paper's light: a quadratic surface, fitted again and again without what is far from it.
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    values, few = smooth[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
-    paper = np.ones(values.size, bool)
+    values, few = grey[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
+    paper = np.abs(few[:, 1:3]).max(axis=1) > 0.8  # at first, what lies near the border
     for _ in range(6):
         weights = np.linalg.lstsq(few[paper], values[paper], rcond=None)[0]
         off = values - few @ weights
         paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
-    smooth = smooth - terms @ weights
+    smooth = grey - terms @ weights
     if (off**3).sum() > 0:
         smooth = -smooth  # light ink on dark paper
     size = round(0.3 * min(grey.shape)) | 1
     light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
-    ink = (ndimage.gaussian_filter(light, size / 4) - smooth).clip(min=0)
-    level, noise = np.percentile(ink, 99.95), 1.5 * np.median(np.abs(ink - np.median(ink)))
+    ink = ndimage.gaussian_filter(light, size / 4) - smooth
+    low, middle, level = np.percentile(ink, (5, 30, 99.95))
+    noise = (middle - low) / 1.12  # standard deviation, as if normal, of what is sure to be paper
     if level < max(0.06, 6 * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
@@ -717,27 +717,45 @@ def _ink(grey):
 def _choose(mask):
     """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
     height, width = mask.shape
-    labels = measure.label(mask)
-    parts = []
-    for part in measure.regionprops(labels):
+
+    def extent(part):
         top, left, bottom, right = part.bbox
-        edges = (top == 0) + (left == 0) + (bottom == height) + (right == width)
-        sides = bottom - top, right - left
+        return max(bottom - top, right - left)
+
+    def edges(part):  # of the image, that it touches
+        top, left, bottom, right = part.bbox
+        return (top == 0) + (left == 0) + (bottom == height) + (right == width)
+
+    def weight(part):
+        top, left, bottom, right = part.bbox
+        tall, wide = bottom - top, right - left
+        if min(tall, wide) < 0.15 * max(tall, wide) and (edges(part) >= 2 or tall < wide):
+            return 0  # a line
         away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
-        line = min(sides) < 0.15 * max(sides) and (edges >= 2 or sides[0] < sides[1])
-        weight = 0 if line else max(sides) * (1 - away) * 0.4**edges
-        parts.append((weight, max(sides), edges, part.bbox, part.label))
-    parts.sort(reverse=True)
-    (best, size, _, box, main), others = parts[0], parts[1:]
-    keep, several = [main], False
-    for weight, extent, edges, (top, left, bottom, right), label in others:
-        gap = math.hypot(
-            max(box[0] - bottom, top - box[2], 0), max(box[1] - right, left - box[3], 0)
-        )
-        if edges == 0 and gap < 0.2 * size and extent > 0.12 * size:
-            keep.append(label)
-        elif edges == 0 and gap > 0.3 * size and weight > 0.7 * best:
+        return max(tall, wide) * (1 - away) * 0.4 ** min(edges(part), 2)
+
+    labels = measure.label(mask)
+    ranked = sorted(measure.regionprops(labels), key=weight, reverse=True)
+    top, left, bottom, right = ranked[0].bbox
+    inside = [
+        part
+        for part in ranked[1:]
+        if top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom
+        if part.bbox[3] < right and extent(part) > 0.3 * extent(ranked[0])
+    ]
+    main, *others = inside or ranked  # where something is inside it, the first is a frame
+    top, left, bottom, right = main.bbox
+    size, keep, several = extent(main), [main.label], False
+    for part in others:
+        above = max(top - part.bbox[2], part.bbox[0] - bottom, 0)
+        beside = max(left - part.bbox[3], part.bbox[1] - right)
+        gap = math.hypot(above, max(beside, 0))
+        if edges(part) > 0:
+            continue
+        if weight(part) > 0.6 * weight(main) and (beside >= 0 or gap > 0.3 * size):
             several = True
+        elif gap < 0.2 * size and extent(part) > 0.12 * size:
+            keep.append(part.label)
     return np.isin(labels, keep).astype(int), several
 
 
