@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -29,6 +30,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image, ImageOps
+from scipy import ndimage
+from skimage import filters, measure, morphology
 from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
@@ -38,6 +42,8 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used 
 DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
+WORK = 400  # pixels along the longer side at which a digit is looked for
+PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
@@ -163,6 +169,23 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
 
 
 test.__test__ = False  # or pytest takes it for a test wherever it is imported by name
+
+
+def predict(model, device, loader):
+    """Return `(predictions, probabilities, targets)` for all samples of a loader, in its order.
+
+    They lie on the CPU: classes (N,), float probabilities (N, classes) whose rows sum to 1, and
+    labels (N,). Arguments and errors as for `test`; the model gives logits or log-probabilities.
+    """
+    seen = []
+
+    def keep(output, target):
+        seen.append((output.softmax(dim=1), target))
+        return 0 * seen[-1][0].sum()  # nan where an output is
+
+    test(model, device, loader, keep, progress=False)
+    probabilities, targets = (torch.cat(parts).cpu() for parts in zip(*seen, strict=True))
+    return probabilities.argmax(dim=1), probabilities, targets
 
 
 class _Meter:
@@ -547,6 +570,226 @@ def affine_matrices(angle, translate, scale, shear):
     return torch.cat((inverse, -shift), dim=2)
 
 
+# --- one image, as people have it
+
+
+def predict_image(model, image):
+    """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, prepared)`.
+
+    probabilities: float tensor (classes,) that sums to 1; a low maximum says that the model is not
+        sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
+
+    image: a path, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 to 4) or
+        (1 to 4, H, W), of bytes or of floats 0 to 1; dark on light or light on dark, in any light,
+        the digit anywhere and of any size, with some paper around it; specks, paler lines, and
+        parts of other digits that touch the border do not matter.
+
+    The digit is prepared as MNIST's were, its box scaled to 20×20 pixels and its centre of mass put
+    into the middle of 28×28 (http://yann.lecun.com/exdb/mnist), and thin pens are made as broad as
+    MNIST's.
+
+    Raises OSError where there is no such file, or it may not be read, and ValueError where the
+    image is none, is smaller than 8×8 or larger than Pillow's limit of some 89 million pixels, has
+    no ink in it or several digits.
+    """
+    prepared = _prepare(_find_digit(_upright_grey(image)))
+    data = SimpleNamespace(data=torch.from_numpy(prepared)[None], targets=torch.zeros(1).long())
+    like = next(model.parameters(), torch.empty(0))  # of its type, on its device
+    batches = [(images.to(like), labels) for images, labels in BatchLoader(data, 1)]
+    predictions, probabilities, _ = predict(model, like.device, batches)
+    return int(predictions), probabilities[0], prepared
+
+
+def _upright_grey(image):
+    """Return an image as floats (H, W), 0 to 1, its longer side at most 1,000 pixels."""
+    if isinstance(image, (str, os.PathLike, Image.Image)):
+        picture = _open(image)
+    else:
+        picture = _from_array(image)
+    width, height = picture.size
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if min(width, height) < 8 or width * height > limit:
+        raise ValueError(f"expected an image of 8×8 to {limit:,} pixels, got {width}×{height}")
+    if picture.mode.startswith(("I", "F")):  # more than 8 bits
+        picture = ImageOps.exif_transpose(picture)
+        values = np.nan_to_num(np.asarray(picture, float))
+        picture = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype("u1"))
+    has_alpha = "A" in picture.getbands() or "transparency" in picture.info
+    picture = picture.convert("LA" if has_alpha else "L")
+    picture = ImageOps.exif_transpose(picture.reduce(math.ceil(max(picture.size) / 1000)))
+    if not has_alpha:
+        return np.asarray(picture, float) / 255
+    grey, alpha = np.moveaxis(np.asarray(picture, float) / 255, 2, 0)
+    paper = float(np.average(grey, weights=alpha + 1e-9) < 0.5)  # dark ink is laid on white
+    return grey * alpha + paper * (1 - alpha)
+
+
+def _open(image):
+    """Read an image from a path, or what a PIL image has not yet read of its file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = image if isinstance(image, Image.Image) else Image.open(image)
+            picture.load()
+        return picture
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise of every kind
+        raise ValueError(
+            f"'{image}' was not read: expected an image of a kind that Pillow knows, of at most "
+            f"{Image.MAX_IMAGE_PIXELS or math.inf:,} pixels ({error!r:.200})"
+        ) from error
+
+
+def _from_array(values):
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
+    array = np.asarray(values)
+    if array.ndim == 3 and array.shape[2] > 4 >= array.shape[0]:  # channels first
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    numbers = array.dtype.kind in "buif" and array.size > 0 and np.isfinite(array).all()
+    fits = array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4)
+    if not (numbers and fits and 0 <= array.min() <= array.max() <= 255):
+        span = f", {array.min()} to {array.max()}" if numbers else ""
+        raise ValueError(
+            "expected a path, a PIL image or an array (H, W) or (H, W, 1 to 4) of bytes 0 to 255 "
+            f"or floats 0 to 1, got {type(values).__name__}: {array.dtype} {array.shape}{span}"
+        )
+    if array.max() < 1.1:  # a little above 1 is what resizing may leave
+        array = 255 * array.astype(float).clip(max=1)
+    return Image.fromarray(array.round().astype(np.uint8))
+
+
+def _find_digit(grey):
+    """Return the mask (H, W) of the digit's ink, cut to its box, at a scale of its own."""
+    for last in (False, True):
+        scale = WORK / max(grey.shape)
+        small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
+        ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
+        for low in (0.4, 0.2):  # where thin strokes fall apart, a second look
+            parts = filters.apply_hysteresis_threshold(ink, low, 0.6)
+            digit, others = _choose(parts)
+            if not others:
+                break
+        else:
+            raise ValueError("found several digits in the image: expected one; cut the image to it")
+        rows, columns = ndimage.find_objects(digit)[0]
+        extent = max(rows.stop - rows.start, columns.stop - columns.start)
+        if last or extent > 0.4 * WORK or scale >= 1:
+            return digit[rows, columns] > 0
+        grey = grey[  # look again, nearer
+            tuple(
+                slice(
+                    max(0, int((s.start - 0.5 * extent) / scale)),
+                    int((s.stop + 0.5 * extent) / scale),
+                )
+                for s in (rows, columns)
+            )
+        ]
+
+
+def _ink(grey):
+    """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
+    # The paper's light: a quadratic surface, fitted again and again without what is far from it.
+    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    values, few = grey[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
+    paper = np.abs(few[:, 1:3]).max(axis=1) > 0.8  # at first, what lies near the border
+    for _ in range(6):
+        weights = np.linalg.lstsq(few[paper], values[paper], rcond=None)[0]
+        off = values - few @ weights
+        paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
+    smooth = grey - terms @ weights
+    if (off**3).sum() > 0:
+        smooth = -smooth  # light ink on dark paper
+    size = round(0.3 * min(grey.shape)) | 1
+    light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
+    ink = ndimage.gaussian_filter(light, size / 4) - smooth
+    low, middle, level = np.percentile(ink, (5, 30, 99.95))
+    noise = (middle - low) / 1.12  # standard deviation, as if normal, of what is sure to be paper
+    if level < max(0.06, 6 * noise):
+        raise ValueError(
+            "found no ink in the image: expected a digit that is clearly darker, or clearly "
+            "lighter, than the paper around it"
+        )
+    return ink / level
+
+
+def _choose(mask):
+    """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
+    height, width = mask.shape
+
+    def extent(part):
+        top, left, bottom, right = part.bbox
+        return max(bottom - top, right - left)
+
+    def edges(part):  # of the image, that it touches
+        top, left, bottom, right = part.bbox
+        return (top == 0) + (left == 0) + (bottom == height) + (right == width)
+
+    def weight(part):
+        top, left, bottom, right = part.bbox
+        tall, wide = bottom - top, right - left
+        if min(tall, wide) < 0.15 * max(tall, wide) and (edges(part) >= 2 or tall < wide):
+            return 0  # a line
+        away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
+        return max(tall, wide) * (1 - away) * 0.4 ** min(edges(part), 2)
+
+    labels = measure.label(mask)
+    ranked = sorted(measure.regionprops(labels), key=weight, reverse=True)
+    top, left, bottom, right = ranked[0].bbox
+    inside = [
+        part
+        for part in ranked[1:]
+        if top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom
+        if part.bbox[3] < right and extent(part) > 0.3 * extent(ranked[0])
+    ]
+    main, *others = inside or ranked  # where something is inside it, the first is a frame
+    top, left, bottom, right = main.bbox
+    size, keep, several = extent(main), [main.label], False
+    for part in others:
+        above = max(top - part.bbox[2], part.bbox[0] - bottom, 0)
+        beside = max(left - part.bbox[3], part.bbox[1] - right)
+        gap = math.hypot(above, max(beside, 0))
+        if edges(part) > 0:
+            continue
+        if weight(part) > 0.6 * weight(main) and (beside >= 0 or gap > 0.3 * size):
+            several = True
+        elif gap < 0.2 * size and extent(part) > 0.12 * size:
+            keep.append(part.label)
+    return np.isin(labels, keep).astype(int), several
+
+
+def _prepare(digit):
+    """Bring the mask of a digit into MNIST's form, uint8 (28, 28)."""
+    scale = 20 / max(digit.shape)
+    inside = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
+    thickness = 2 * np.median(inside[morphology.skeletonize(digit)]) - 0.5
+    grow = (PEN / scale - thickness) / 2
+    if grow > 0.5:
+        digit = np.pad(digit, math.ceil(grow) + 1)
+        digit = ndimage.distance_transform_edt(~digit) <= grow
+        digit = digit[ndimage.find_objects(digit.astype(int))[0]]
+        scale = 20 / max(digit.shape)
+    height, width = (max(1, round(side * scale)) for side in digit.shape)
+    small = _resize(digit.astype(float), (height, width)).clip(0, 1)
+    y, x = ndimage.center_of_mass(small)
+    top = min(max(round(13.5 - y), 0), 28 - height)
+    left = min(max(round(13.5 - x), 0), 28 - width)
+    canvas = np.zeros((28, 28))
+    canvas[top : top + height, left : left + width] = small
+    return (255 * canvas / canvas.max()).round().astype(np.uint8)
+
+
+def _resize(values, shape):
+    picture = Image.fromarray(values.astype(np.float32))
+    method = Image.Resampling.BOX if shape[0] < len(values) else Image.Resampling.BICUBIC
+    return np.asarray(picture.resize(shape[::-1], method), float)
+
+
 # --- plots
 
 
@@ -588,25 +831,143 @@ def plot_sample_data(data_loader, *, title=None):
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
         images, labels = next(iter(data_loader), (torch.empty(0), None))
-    if images.dim() != 4 or images.shape[1] != 1:
-        raise ValueError(
-            f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
-        )
+    _check_grey(images)
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise ValueError(
             f"expected an integer label for each of {len(images)} images, got {labels.dtype} of "
             f"shape {tuple(labels.shape)}"
         )
-    dataset = getattr(data_loader, "dataset", None)
+    names = _class_names(data_loader)
+    return _plot_images(images, [names.get(label, label) for label in labels.tolist()], title)
+
+
+def plot_misclassified(loader, predictions, probabilities, targets, *, title=None):
+    """Plot up to 24 wrong predictions, the most confident first, and return the `Figure`.
+
+    Each bears its label, the prediction and the prediction's probability in percent.
+
+    loader: of N images (1, H, W), in the order of the others.
+    predictions, probabilities, targets: what `predict` returned for it, of shape (N,), (N, classes)
+        and (N,).
+
+    Raises ValueError where the loader's labels are not `targets`, as when it shuffles, and where
+    an image has another shape.
+    """
+    images, labels = zip(*loader, strict=True)
+    if not torch.equal(torch.cat(labels).cpu(), targets) or len(predictions) != len(targets):
+        raise ValueError(
+            "expected the loader that gave these predictions, in the same order: its labels are "
+            "others; use one that does not shuffle"
+        )
+    confidences = probabilities.max(dim=1).values
+    wrong = (predictions != targets).nonzero().flatten()
+    wrong = wrong[confidences[wrong].argsort(descending=True)]
+    names = _class_names(loader)
+    titles = [
+        f"{names.get(label, label)}\n→ {names.get(guess, guess)}, {percent:.0f} %"
+        for label, guess, percent in zip(
+            targets[wrong].tolist(),
+            predictions[wrong].tolist(),
+            (100 * confidences[wrong]).tolist(),
+            strict=True,
+        )
+    ]
+    return _plot_images(torch.cat(images)[wrong.to(images[0].device)], titles, title)
+
+
+def plot_confusion_matrix(predictions, targets, classes, *, title=None):
+    """Plot how often each class was taken for each other, and return the `Figure`.
+
+    Colour shows the errors alone, as the correct predictions on the diagonal would drown them.
+
+    predictions, targets: N integers each, 0 to len(classes) - 1.
+    classes: the classes' names.
+
+    Raises ValueError where there are no predictions, they are not as many as the targets, or one of
+    either is out of range.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # takes a second
+
+    if len(predictions) != len(targets) or len(targets) == 0:
+        raise ValueError(
+            "expected as many predictions as targets, and one at least, got "
+            f"{len(predictions)} and {len(targets)}"
+        )
+    counts = confusion_matrix(targets, predictions, labels=range(len(classes)))
+    if counts.sum() != len(targets):
+        raise ValueError(
+            f"expected integers from 0 to {len(classes) - 1}, since there are {len(classes)} class "
+            f"names, got predictions up to {max(predictions)} and targets up to {max(targets)}"
+        )
+    fig, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
+    plt.close(fig)
+    errors = counts - np.diag(counts.diagonal())
+    display = ConfusionMatrixDisplay(errors, display_labels=classes)
+    display.plot(ax=axes, cmap="Reds", colorbar=False, xticks_rotation=45)
+    for (true, predicted), text in np.ndenumerate(display.text_):
+        text.set_text(counts[true, predicted] or "")
+        if true == predicted:
+            text.set(color="gray", fontsize=9)
+    axes.set(xlabel="predicted", ylabel="true")
+    fig.suptitle(title)
+    return fig
+
+
+def plot_prediction(image, probabilities, prepared, classes=None, *, title=None):
+    """Plot what `predict_image` was given, what the model saw of it, and what it made of that.
+
+    Returns the `Figure`.
+
+    image: as for `predict_image`, which returned the next two for it.
+    probabilities: (classes,), 0 to 1.
+    prepared: (28, 28), uint8.
+    classes: the classes' names; by default, 0, 1, 2 and so on.
+    """
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    plt.close(fig)
+    left.imshow(_upright_grey(image), cmap="gray", vmin=0, vmax=1)
+    left.set_title("the image, in grey")
+    middle.imshow(prepared, cmap="gray", vmin=0, vmax=255)
+    middle.set_title("what the model sees")
+    for axes in (left, middle):
+        axes.axis("off")
+    percent = 100 * np.asarray(probabilities)
+    bars = right.bar(range(len(percent)), percent)
+    right.bar_label(bars, [f"{value:.0f}" for value in percent], fontsize=8)
+    right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=range(len(percent)))
+    if classes is not None:
+        right.set_xticklabels(classes, rotation=45, ha="right")
+    fig.suptitle(title)
+    return fig
+
+
+def _class_names(loader):
+    """Return {label: name} of the loader's dataset, empty where it has none."""
+    dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    classes = dict(enumerate(getattr(dataset, "classes", ())))
+    return dict(enumerate(getattr(dataset, "classes", ())))
+
+
+def _check_grey(images):
+    if images.dim() != 4 or images.shape[1] != 1:
+        raise ValueError(
+            f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
+        )
+
+
+def _plot_images(images, titles, title):
+    """Show up to 24 images (N, 1, H, W) in a grid."""
+    _check_grey(images)
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
     plt.close(fig)
-    low, high = float(images.min()), float(images.max())
-    for axes, image, label in zip(grid.flat, images.cpu(), labels.tolist(), strict=False):
+    images = images.cpu()
+    low, high = map(float, images.aminmax()) if len(images) else (0, 1)
+    if len(images) == 0:
+        fig.text(0.5, 0.5, "none", ha="center")
+    for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
-        axes.set_title(classes.get(label, label), fontsize=9)
+        axes.set_title(name, fontsize=8)
     for axes in grid.flat:
         axes.axis("off")
     fig.suptitle(title)

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 
 import utils
 
+DATA = utils.load_data("digits")[1]
 CURVES = ([0.5, 0.25], [90.0, 95.5], [0.4, 0.125], [91.0, 96.25])
 
 
@@ -69,3 +70,73 @@ def test_plot_sample_data_takes_any_loader(samples):
 def test_plot_sample_data_refuses_what_is_no_image(loader, shape):
     with pytest.raises(ValueError, match=r"\(N, 1, H, W\), got " + re.escape(shape)):
         utils.plot_sample_data(loader)
+
+
+def guesses():
+    """A loader of 30 digits, and predictions of which every tenth is wrong, ever more confident."""
+    loader = utils.BatchLoader(Subset(DATA, range(30)), 8)
+    targets = loader.targets
+    predictions, confidences = targets.clone(), torch.full((30,), 0.6)
+    predictions[::10] = (targets[::10] + 1) % 10
+    confidences[::10] = torch.tensor([0.7, 0.8, 0.9])
+    probabilities = torch.full((30, 10), 0.01)
+    probabilities[range(30), predictions] = confidences
+    return loader, predictions, probabilities, targets
+
+
+def test_plot_misclassified_shows_the_most_confident_mistakes_first():
+    loader, predictions, probabilities, targets = guesses()
+    figure = utils.plot_misclassified(loader, predictions, probabilities, targets, title="wrong")
+    assert figure.get_suptitle() == "wrong"
+    expected = [
+        f"{DATA.classes[targets[i]]}\n→ {DATA.classes[predictions[i]]}, {percent} %"
+        for i, percent in ((20, 90), (10, 80), (0, 70))
+    ]
+    assert titles(figure) == expected
+    shown = torch.from_numpy(figure.axes[0].images[0].get_array().data)
+    assert torch.equal(shown, torch.cat([images for images, _ in loader])[20, 0])
+    figure = utils.plot_misclassified(loader, targets, probabilities, targets)
+    assert titles(figure) == [] and figure.texts[0].get_text() == "none"
+    figure = utils.plot_misclassified(loader, (targets + 1) % 10, probabilities, targets)
+    assert len(titles(figure)) == 24
+
+
+def test_plot_misclassified_refuses_another_order():
+    _, predictions, probabilities, targets = guesses()
+    loader = utils.BatchLoader(Subset(DATA, range(30)), 8, shuffle=True)
+    with pytest.raises(ValueError, match="does not shuffle"):
+        utils.plot_misclassified(loader, predictions, probabilities, targets)
+    coloured = [(torch.zeros(30, 3, 28, 28), targets)]
+    with pytest.raises(ValueError, match=r"\(N, 1, H, W\)"):
+        utils.plot_misclassified(coloured, predictions, probabilities, targets)
+
+
+def test_plot_confusion_matrix_colours_the_errors_alone():
+    _, predictions, _, targets = guesses()
+    figure = utils.plot_confusion_matrix(predictions, targets, DATA.classes, title="it")
+    (axes,) = figure.axes
+    errors = axes.images[0].get_array()
+    assert errors.diagonal().sum() == 0 and errors.sum() == 3
+    texts = [text.get_text() for text in axes.texts]
+    assert sum(int(text or 0) for text in texts) == 30 and texts.count("") > 80
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    assert [label.get_text() for label in axes.get_xticklabels()] == DATA.classes
+    assert figure.get_suptitle() == "it"
+    for wrong in (targets[:5], targets[:0]):
+        with pytest.raises(ValueError, match=f"got {len(wrong)} and"):
+            utils.plot_confusion_matrix(wrong, targets if len(wrong) else wrong, DATA.classes)
+    with pytest.raises(ValueError, match="from 0 to 4, since there are 5"):
+        utils.plot_confusion_matrix(predictions, targets, DATA.classes[:5])
+
+
+def test_plot_prediction_shows_image_and_probabilities():
+    image = 255 - DATA.data[0].numpy()
+    figure = utils.plot_prediction(
+        image, torch.arange(10) / 45, DATA.data[0].numpy(), DATA.classes, title="it"
+    )
+    left, middle, right = figure.axes
+    assert left.images[0].get_array().max() == 1 and middle.images[0].get_array().max() == 255
+    heights = [bar.get_height() for bar in right.patches]
+    assert heights == pytest.approx([100 * number / 45 for number in range(10)])
+    assert [label.get_text() for label in right.get_xticklabels()] == DATA.classes
+    assert figure.get_suptitle() == "it"
