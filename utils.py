@@ -102,7 +102,9 @@ def init_distributed():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    if rank > 0:
+    if rank == 0:
+        print(f"{world_size} processes, each on {'a GPU' if device.type == 'cuda' else 'the CPU'}")
+    else:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
     return device, rank, world_size
