@@ -222,7 +222,7 @@ def predict(model, device, loader):
 
     def keep(output, target):
         seen.append((output.softmax(dim=1), target))
-        return output.new_zeros(())
+        return 0 * seen[-1][0].sum()  # nan where an output is
 
     test(model, device, loader, keep, progress=False)
     probabilities, targets = (torch.cat(parts).cpu() for parts in zip(*seen, strict=True))
@@ -666,44 +666,44 @@ def predict_image(model, image):
     probabilities: float tensor (classes,) that sums to 1; a low maximum says that the model is not
         sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
 
-    image: a path, a PIL image or an array, (H, W) or (H, W, 1 to 4), of bytes or of floats 0 to 1;
-        dark on light or light on dark, in any light, the digit anywhere and of any size, specks and
-        lines around it. It should be the only digit that does not touch the border.
+    image: a path, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 to 4) or
+        (1 to 4, H, W), of bytes or of floats 0 to 1; dark on light or light on dark, in any light,
+        the digit anywhere and of any size, with some paper around it; specks, paler lines, and
+        parts of other digits that touch the border do not matter.
 
     The digit is prepared as MNIST's were, its box scaled to 20×20 pixels and its centre of mass put
     into the middle of 28×28 (http://yann.lecun.com/exdb/mnist), and thin pens are made as broad as
     MNIST's.
 
-    Raises FileNotFoundError where there is no such file, and ValueError where the image is none, is
-    larger than Pillow's limit of some 89 million pixels, has no ink in it or several digits.
+    Raises OSError where there is no such file, or it may not be read, and ValueError where the
+    image is none, is smaller than 8×8 or larger than Pillow's limit of some 89 million pixels, has
+    no ink in it or several digits.
     """
     prepared = _prepare(_find_digit(_upright_grey(image)))
     data = SimpleNamespace(data=torch.from_numpy(prepared)[None], targets=torch.zeros(1).long())
-    device = next(model.parameters()).device
-    predictions, probabilities, _ = predict(model, device, BatchLoader(data, 1, device=device))
+    like = next(model.parameters(), torch.empty(0))  # of its type, on its device
+    batches = [(images.to(like), labels) for images, labels in BatchLoader(data, 1)]
+    predictions, probabilities, _ = predict(model, like.device, batches)
     return int(predictions), probabilities[0], prepared
 
 
 def _upright_grey(image):
-    """Return an image as floats (H, W), 0 to 1, its longer side at most about 1,000 pixels."""
-    if isinstance(image, Image.Image):
-        picture, where = image, "the image"
-    elif isinstance(image, (str, os.PathLike)):
-        picture, where = _open(image), f"'{image}'"
+    """Return an image as floats (H, W), 0 to 1, its longer side at most 1,000 pixels."""
+    if isinstance(image, (str, os.PathLike, Image.Image)):
+        picture = _open(image)
     else:
-        picture, where = _from_array(image), "the array"
+        picture = _from_array(image)
     width, height = picture.size
-    if min(width, height) < 8 or width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"expected an image of 8×8 to {Image.MAX_IMAGE_PIXELS:,} pixels, {where} has "
-            f"{width}×{height}"
-        )
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if min(width, height) < 8 or width * height > limit:
+        raise ValueError(f"expected an image of 8×8 to {limit:,} pixels, got {width}×{height}")
     if picture.mode.startswith(("I", "F")):  # more than 8 bits
-        values = np.asarray(picture, float)
+        picture = ImageOps.exif_transpose(picture)
+        values = np.nan_to_num(np.asarray(picture, float))
         picture = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype("u1"))
     has_alpha = "A" in picture.getbands() or "transparency" in picture.info
     picture = picture.convert("LA" if has_alpha else "L")
-    picture = ImageOps.exif_transpose(picture.reduce(max(1, round(max(picture.size) / 1000))))
+    picture = ImageOps.exif_transpose(picture.reduce(math.ceil(max(picture.size) / 1000)))
     if not has_alpha:
         return np.asarray(picture, float) / 255
     grey, alpha = np.moveaxis(np.asarray(picture, float) / 255, 2, 0)
@@ -711,24 +711,28 @@ def _upright_grey(image):
     return grey * alpha + paper * (1 - alpha)
 
 
-def _open(path):
+def _open(image):
+    """Read an image from a path, or what a PIL image has not yet read of its file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path)
+            picture = image if isinstance(image, Image.Image) else Image.open(image)
             picture.load()
         return picture
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # Pillow's readers raise of every kind
         raise ValueError(
-            f"'{path}' was not read: expected an image of a kind that Pillow knows, of at most "
-            f"{Image.MAX_IMAGE_PIXELS:,} pixels ({error!r:.200})"
+            f"'{image}' was not read: expected an image of a kind that Pillow knows, of at most "
+            f"{Image.MAX_IMAGE_PIXELS or math.inf:,} pixels ({error!r:.200})"
         ) from error
 
 
 def _from_array(values):
-    array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
+    array = np.asarray(values)
     if array.ndim == 3 and array.shape[2] > 4 >= array.shape[0]:  # channels first
         array = np.moveaxis(array, 0, 2)
     if array.ndim == 3 and array.shape[2] == 1:
@@ -741,8 +745,8 @@ def _from_array(values):
             "expected a path, a PIL image or an array (H, W) or (H, W, 1 to 4) of bytes 0 to 255 "
             f"or floats 0 to 1, got {type(values).__name__}: {array.dtype} {array.shape}{span}"
         )
-    if array.max() <= 1:
-        array = 255 * array.astype(float)
+    if array.max() < 1.1:  # a little above 1 is what resizing may leave
+        array = 255 * array.astype(float).clip(max=1)
     return Image.fromarray(array.round().astype(np.uint8))
 
 
@@ -751,7 +755,7 @@ def _find_digit(grey):
     for last in (False, True):
         scale = WORK / max(grey.shape)
         small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-        ink = _ink(small)
+        ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
         for low in (0.4, 0.2):  # where thin strokes fall apart, a second look
             parts = filters.apply_hysteresis_threshold(ink, low, 0.6)
             digit, others = _choose(parts)
@@ -776,23 +780,23 @@ def _find_digit(grey):
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
-    smooth = ndimage.median_filter(grey, 3)
     # The paper's light: a quadratic surface, fitted again and again without what is far from it.
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    values, few = smooth[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
-    paper = np.ones(values.size, bool)
+    values, few = grey[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
+    paper = np.abs(few[:, 1:3]).max(axis=1) > 0.8  # at first, what lies near the border
     for _ in range(6):
         weights = np.linalg.lstsq(few[paper], values[paper], rcond=None)[0]
         off = values - few @ weights
         paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
-    smooth = smooth - terms @ weights
+    smooth = grey - terms @ weights
     if (off**3).sum() > 0:
         smooth = -smooth  # light ink on dark paper
     size = round(0.3 * min(grey.shape)) | 1
     light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
-    ink = (ndimage.gaussian_filter(light, size / 4) - smooth).clip(min=0)
-    level, noise = np.percentile(ink, 99.95), 1.5 * np.median(np.abs(ink - np.median(ink)))
+    ink = ndimage.gaussian_filter(light, size / 4) - smooth
+    low, middle, level = np.percentile(ink, (5, 30, 99.95))
+    noise = (middle - low) / 1.12  # standard deviation, as if normal, of what is sure to be paper
     if level < max(0.06, 6 * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
@@ -804,27 +808,45 @@ def _ink(grey):
 def _choose(mask):
     """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
     height, width = mask.shape
-    labels = measure.label(mask)
-    parts = []
-    for part in measure.regionprops(labels):
+
+    def extent(part):
         top, left, bottom, right = part.bbox
-        edges = (top == 0) + (left == 0) + (bottom == height) + (right == width)
-        sides = bottom - top, right - left
+        return max(bottom - top, right - left)
+
+    def edges(part):  # of the image, that it touches
+        top, left, bottom, right = part.bbox
+        return (top == 0) + (left == 0) + (bottom == height) + (right == width)
+
+    def weight(part):
+        top, left, bottom, right = part.bbox
+        tall, wide = bottom - top, right - left
+        if min(tall, wide) < 0.15 * max(tall, wide) and (edges(part) >= 2 or tall < wide):
+            return 0  # a line
         away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
-        line = min(sides) < 0.15 * max(sides) and (edges >= 2 or sides[0] < sides[1])
-        weight = 0 if line else max(sides) * (1 - away) * 0.4**edges
-        parts.append((weight, max(sides), edges, part.bbox, part.label))
-    parts.sort(reverse=True)
-    (best, size, _, box, main), others = parts[0], parts[1:]
-    keep, several = [main], False
-    for weight, extent, edges, (top, left, bottom, right), label in others:
-        gap = math.hypot(
-            max(box[0] - bottom, top - box[2], 0), max(box[1] - right, left - box[3], 0)
-        )
-        if edges == 0 and gap < 0.2 * size and extent > 0.12 * size:
-            keep.append(label)
-        elif edges == 0 and gap > 0.3 * size and weight > 0.7 * best:
+        return max(tall, wide) * (1 - away) * 0.4 ** min(edges(part), 2)
+
+    labels = measure.label(mask)
+    ranked = sorted(measure.regionprops(labels), key=weight, reverse=True)
+    top, left, bottom, right = ranked[0].bbox
+    inside = [
+        part
+        for part in ranked[1:]
+        if top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom
+        if part.bbox[3] < right and extent(part) > 0.3 * extent(ranked[0])
+    ]
+    main, *others = inside or ranked  # where something is inside it, the first is a frame
+    top, left, bottom, right = main.bbox
+    size, keep, several = extent(main), [main.label], False
+    for part in others:
+        above = max(top - part.bbox[2], part.bbox[0] - bottom, 0)
+        beside = max(left - part.bbox[3], part.bbox[1] - right)
+        gap = math.hypot(above, max(beside, 0))
+        if edges(part) > 0:
+            continue
+        if weight(part) > 0.6 * weight(main) and (beside >= 0 or gap > 0.3 * size):
             several = True
+        elif gap < 0.2 * size and extent(part) > 0.12 * size:
+            keep.append(part.label)
     return np.isin(labels, keep).astype(int), several
 
 
@@ -896,10 +918,7 @@ def plot_sample_data(data_loader, *, title=None):
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
         images, labels = next(iter(data_loader), (torch.empty(0), None))
-    if images.dim() != 4 or images.shape[1] != 1:
-        raise ValueError(
-            f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
-        )
+    _check_grey(images)
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise ValueError(
             f"expected an integer label for each of {len(images)} images, got {labels.dtype} of "
@@ -914,12 +933,15 @@ def plot_misclassified(loader, predictions, probabilities, targets, *, title=Non
 
     Each bears its label, the prediction and the prediction's probability in percent.
 
-    loader: the one that gave the other three, by `predict`.
+    loader: of N images (1, H, W), in the order of the others.
+    predictions, probabilities, targets: what `predict` returned for it, of shape (N,), (N, classes)
+        and (N,).
 
-    Raises ValueError where the loader's labels are not `targets`, as when it shuffles.
+    Raises ValueError where the loader's labels are not `targets`, as when it shuffles, and where
+    an image has another shape.
     """
     images, labels = zip(*loader, strict=True)
-    if not torch.equal(torch.cat(labels).cpu(), targets):
+    if not torch.equal(torch.cat(labels).cpu(), targets) or len(predictions) != len(targets):
         raise ValueError(
             "expected the loader that gave these predictions, in the same order: its labels are "
             "others; use one that does not shuffle"
@@ -948,7 +970,8 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
     predictions, targets: N integers each, 0 to len(classes) - 1.
     classes: the classes' names.
 
-    Raises ValueError where there are no predictions, or they are not as many as the targets.
+    Raises ValueError where there are no predictions, they are not as many as the targets, or one of
+    either is out of range.
     """
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # takes a second
 
@@ -958,6 +981,11 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
             f"{len(predictions)} and {len(targets)}"
         )
     counts = confusion_matrix(targets, predictions, labels=range(len(classes)))
+    if counts.sum() != len(targets):
+        raise ValueError(
+            f"expected integers from 0 to {len(classes) - 1}, since there are {len(classes)} class "
+            f"names, got predictions up to {max(predictions)} and targets up to {max(targets)}"
+        )
     fig, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
     plt.close(fig)
     errors = counts - np.diag(counts.diagonal())
@@ -975,8 +1003,11 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
 def plot_prediction(image, probabilities, prepared, classes=None, *, title=None):
     """Plot what `predict_image` was given, what the model saw of it, and what it made of that.
 
-    Takes the image, and of what `predict_image` returned for it the last two. Returns the `Figure`.
+    Returns the `Figure`.
 
+    image: as for `predict_image`, which returned the next two for it.
+    probabilities: (classes,), 0 to 1.
+    prepared: (28, 28), uint8.
     classes: the classes' names; by default, 0, 1, 2 and so on.
     """
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
@@ -1005,12 +1036,22 @@ def _class_names(loader):
     return dict(enumerate(getattr(dataset, "classes", ())))
 
 
+def _check_grey(images):
+    if images.dim() != 4 or images.shape[1] != 1:
+        raise ValueError(
+            f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
+        )
+
+
 def _plot_images(images, titles, title):
     """Show up to 24 images (N, 1, H, W) in a grid."""
+    _check_grey(images)
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
     plt.close(fig)
     images = images.cpu()
     low, high = map(float, images.aminmax()) if len(images) else (0, 1)
+    if len(images) == 0:
+        fig.text(0.5, 0.5, "none", ha="center")
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
         axes.set_title(name, fontsize=8)

@@ -288,6 +288,8 @@ def main():
     parser.add_argument("--count", type=int, default=300, help="digits of each kind")
     parser.add_argument("--printed", type=int, default=10_000, help="of MNIST's test digits")
     args = parser.parse_args()
+    if not Path(args.model).is_file():
+        parser.error(f"there is no {args.model}: run the notebook, or name the weights by --model")
     counts = dict.fromkeys((SCAN, *KINDS, "all"), args.count) | {PRINTED: args.printed}
     print("| material | digits | right (%) |\n|---|---|---|")
     with Pool(initializer=load, initargs=(args.model,)) as pool:

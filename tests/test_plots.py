@@ -95,7 +95,10 @@ def test_plot_misclassified_shows_the_most_confident_mistakes_first():
     assert titles(figure) == expected
     shown = torch.from_numpy(figure.axes[0].images[0].get_array().data)
     assert torch.equal(shown, torch.cat([images for images, _ in loader])[20, 0])
-    assert titles(utils.plot_misclassified(loader, targets, probabilities, targets)) == []
+    figure = utils.plot_misclassified(loader, targets, probabilities, targets)
+    assert titles(figure) == [] and figure.texts[0].get_text() == "none"
+    figure = utils.plot_misclassified(loader, (targets + 1) % 10, probabilities, targets)
+    assert len(titles(figure)) == 24
 
 
 def test_plot_misclassified_refuses_another_order():
@@ -103,6 +106,9 @@ def test_plot_misclassified_refuses_another_order():
     loader = utils.BatchLoader(Subset(DATA, range(30)), 8, shuffle=True)
     with pytest.raises(ValueError, match="does not shuffle"):
         utils.plot_misclassified(loader, predictions, probabilities, targets)
+    coloured = [(torch.zeros(30, 3, 28, 28), targets)]
+    with pytest.raises(ValueError, match=r"\(N, 1, H, W\)"):
+        utils.plot_misclassified(coloured, predictions, probabilities, targets)
 
 
 def test_plot_confusion_matrix_colours_the_errors_alone():
@@ -119,6 +125,8 @@ def test_plot_confusion_matrix_colours_the_errors_alone():
     for wrong in (targets[:5], targets[:0]):
         with pytest.raises(ValueError, match=f"got {len(wrong)} and"):
             utils.plot_confusion_matrix(wrong, targets if len(wrong) else wrong, DATA.classes)
+    with pytest.raises(ValueError, match="from 0 to 4, since there are 5"):
+        utils.plot_confusion_matrix(predictions, targets, DATA.classes[:5])
 
 
 def test_plot_prediction_shows_image_and_probabilities():

@@ -37,6 +37,9 @@ def test_predict_takes_logits_and_refuses_an_empty_loader(samples):
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(250))
     with pytest.raises(ValueError, match="empty"):
         predict(model, "cpu", [])
+    nn.init.constant_(model[1].bias, float("nan"))
+    with pytest.raises(FloatingPointError):
+        predict(model, "cpu", [(samples[0][0][None], torch.tensor([0]))])
 
 
 # --- predict_image
@@ -78,6 +81,41 @@ def test_digits_of_mnist_come_back_from_paper(net, mnist_root):
     assert right >= 47
 
 
+def test_digits_without_paper_come_back(net, mnist_root):
+    """MNIST's own arrays, and enlarged, cut out with hardly a margin."""
+    train_data, _ = utils.load_data("MNIST", mnist_root)
+    raw = cut = 0
+    for index in range(50):
+        digit, field = int(train_data.targets[index]), train_data.data[index].numpy()
+        raw += handwriting.read(net, field) == digit
+        large = Image.fromarray(255 - field).crop((3, 3, 25, 25)).resize((220, 220))
+        cut += handwriting.read(net, large) == digit
+    assert raw >= 47 and cut >= 45
+
+
+def lines(points, width, side):
+    """A drawing of strokes on a square sheet, points given in 0 to 1."""
+    strokes = [np.array(stroke, float) * side for stroke in points]
+    ink = handwriting.draw((side, side), strokes, width, None)
+    return (255 * (1 - 0.9 * ink)).astype(np.uint8)
+
+
+SEVEN = [[(0.3, 0.25), (0.7, 0.25)], [(0.7, 0.25), (0.45, 0.8)]]
+FRAME = [[(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9), (0.1, 0.1)]]
+
+
+@pytest.mark.parametrize("points, width, side", [(SEVEN, 2, 1000), (SEVEN + FRAME, 8, 280)])
+def test_hairlines_and_frames(net, points, width, side):
+    assert predict_image(net, lines(points, width, side))[0] == 7
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.2, 0.4])
+def test_two_digits_are_refused_however_near(gap):
+    ones = [[(0.4, 0.25), (0.4, 0.75)], [(0.4 + gap, 0.25), (0.4 + gap, 0.75)]]
+    with pytest.raises(ValueError, match="several digits"):
+        predict_image(Same(), lines(ones, 6, 300))
+
+
 @pytest.fixture(scope="module")
 def five():
     """A dark five on light paper, 300 high and 200 wide, as an array."""
@@ -111,6 +149,8 @@ def test_prepared_has_mnists_form_and_is_what_the_model_sees(five):
     seen = (torch.from_numpy(prepared) / 255 - utils.MEAN) / utils.STD
     torch.testing.assert_close(model.images[0, 0], seen)
     assert model.training
+    for dtype in (torch.float64, torch.bfloat16):
+        assert predict_image(model.to(dtype), five)[0] == 9
 
 
 def variants(five, folder):
@@ -124,6 +164,8 @@ def variants(five, folder):
         yield clear
     yield 255 - five  # light on dark
     yield five / 255
+    yield five / five.max() * 1.02
+    yield torch.tensor(five / 255).bfloat16()
     yield torch.tensor(five)[None]
     yield np.stack([five] * 3, axis=2)
     yield np.stack([five] * 3)
@@ -133,6 +175,9 @@ def variants(five, folder):
     exif[0x0112] = 6  # to be turned by 90° clockwise
     picture.rotate(90, expand=True).save(folder / "turned.jpg", exif=exif)
     yield str(folder / "turned.jpg")
+    deep = Image.fromarray(256 * np.asarray(picture.rotate(90, expand=True), np.uint16))
+    deep.save(folder / "deep.png", exif=exif)
+    yield folder / "deep.png"
     yield picture.resize((2000, 3000))
 
 
@@ -166,7 +211,7 @@ def test_images_that_hold_no_digit_are_refused(five):
         (np.full((28, 28), np.nan), r"float64 \(28, 28\)"),
         (np.full((28, 28), -0.4), "-0.4 to -0.4"),
         (np.full((28, 28), 70_000), "70000 to 70000"),
-        (np.zeros((4, 4)), "the array has 4×4"),
+        (np.zeros((4, 4)), "of 8×8 to .* pixels, got 4×4"),
     ],
 )
 def test_arrays_that_are_no_image(values, message):
@@ -174,7 +219,7 @@ def test_arrays_that_are_no_image(values, message):
         predict_image(Same(), values)
 
 
-def test_files_that_are_no_image(five, tmp_path):
+def test_files_that_are_no_image(five, tmp_path, monkeypatch):
     path = tmp_path / "it.png"
     with pytest.raises(FileNotFoundError, match="it.png"):
         predict_image(Same(), path)
@@ -184,9 +229,13 @@ def test_files_that_are_no_image(five, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="it.png' was not read"):
             predict_image(Same(), path)
+    with pytest.raises(ValueError, match="was not read"):
+        predict_image(Same(), Image.open(path))
     Image.new("1", (30_000, 30_000)).save(path)
     with pytest.raises(ValueError, match="at most [0-9,]+ pixels .*Bomb"):
         predict_image(Same(), path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert predict_image(Same(), five)[0] == 9
 
 
 # --- drawing in JupyterLab: with playwright installed, and BROWSER naming a Chromium
@@ -240,14 +289,14 @@ def test_a_digit_drawn_with_the_mouse_is_read(net, folder):
             page.screenshot(path=os.environ.get("SCREENSHOT", "screenshot.png"))
             assert answer.inner_text().startswith("7")
             page.get_by_role("button", name="Clear").click()
-            page.locator("output", has_text="no ink").wait_for(timeout=20_000)
+            page.locator("output", has_text="Draw a digit").wait_for(timeout=20_000)
             browser.close()
     finally:
         lab.terminate()
         lab.wait()
 
 
-def test_handwriting_table_runs(net, tmp_path, mnist_root, monkeypatch, capfd):
+def test_handwriting_table_runs(net, tmp_path, mnist_root):
     torch.save(net.state_dict(), tmp_path / "model.pt")
     options = ["--model", str(tmp_path / "model.pt"), "--count", "1", "--printed", "2"]
     command = [sys.executable, str(ROOT / "tests" / "handwriting.py"), *options]
@@ -255,3 +304,10 @@ def test_handwriting_table_runs(net, tmp_path, mnist_root, monkeypatch, capfd):
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith("| MNIST's test digits, printed | 2 | ")
+
+
+def test_handwriting_table_needs_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["handwriting.py", "--model", str(tmp_path / "model.pt")])
+    with pytest.raises(SystemExit):
+        handwriting.main()
+    assert "run the notebook" in capsys.readouterr().err
