@@ -91,7 +91,6 @@ def init_distributed():
     rank, local_rank, world_size = (int(os.environ.get(name, names[name])) for name in names)
     if world_size == 1:
         return get_device(), 0, 1
-    device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -101,9 +100,12 @@ def init_distributed():
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
     if rank == 0:
-        print(f"{world_size} processes, each on {'a GPU' if device.type == 'cuda' else 'the CPU'}")
+        print(f"{world_size} processes, each on {'the CPU' if device.type == 'cpu' else 'a GPU'}")
     else:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
