@@ -553,7 +553,7 @@ class BatchLoader:
             batch = slice(start + self.rank, start + self.batch_size, self.world_size)
             index = order[batch]
             images = self.images[index]
-            if self.augment:
+            if self.augment and len(images) > 0:  # affine_grid refuses an empty share
                 images = self.augment(images.float(), matrices[batch])
             yield images.sub(255 * MEAN).div_(255 * STD), self.targets[index]
         if self.epoch == epoch:  # else it was set meanwhile, or another pass was quicker
