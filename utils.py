@@ -950,7 +950,7 @@ def plot_misclassified(loader, predictions, probabilities, targets, *, title=Non
         )
     confidences = probabilities.max(dim=1).values
     wrong = (predictions != targets).nonzero().flatten()
-    wrong = wrong[confidences[wrong].argsort(descending=True)][:24]
+    wrong = wrong[confidences[wrong].argsort(descending=True)]
     names = _class_names(loader)
     titles = [
         f"{names.get(label, label)}\n→ {names.get(guess, guess)}, {percent:.0f} %"

@@ -11,6 +11,11 @@ import torch.nn as nn
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the notebook's tests, the longest, so that no process is left alone with them."""
+    items.sort(key=lambda item: item.path.name != "test_notebook.py")
+
+
 @pytest.fixture(scope="session")
 def mnist_root():
     """The folder with MNIST's files; without them a test skips, or fails under REQUIRE_MNIST."""
