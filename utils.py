@@ -35,6 +35,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
@@ -152,12 +153,14 @@ def train(
 ):
     """Train `model` for one epoch and return its `Metrics(loss, accuracy)`.
 
-    Loss and accuracy are those of each batch as it was trained on, so before its update.
+    Loss and accuracy are those of each batch as it was trained on, so before its update. Where the
+    loader is a `BatchLoader` of several processes, they are those of all processes together, the
+    gradients too, and the model is to be in `DistributedDataParallel`; with other loaders, each
+    process measures its own samples.
 
     model: gives an output of shape (N, classes), and is on `device`.
     train_loader: any iterable of batches (images, labels), float images of the shape that the model
         takes and N integer labels; they are moved to `device`.
-        With `BatchLoader`s of several processes, it is the model in `DistributedDataParallel`.
     criterion: function or module of (output, labels), giving the mean over the batch, or the sum
         where it has `reduction="sum"`.
     train_losses, train_acc: lists to which the loss and the accuracy (percent) are appended.
@@ -243,7 +246,17 @@ class _Meter:
                 "model.to(device) before the optimizer is made"
             )
         self.loader, self.labels = loader, None
-        self.is_shared = isinstance(loader, BatchLoader) and loader.world_size > 1
+        self.world_size = loader.world_size if isinstance(loader, BatchLoader) else 1
+        self.is_shared = self.world_size > 1
+        if self.is_shared:
+            processes = dist.get_world_size() if dist.is_initialized() else 1
+            parallel = isinstance(model, DistributedDataParallel) or not model.training
+            if processes != self.world_size or not parallel:
+                raise ValueError(
+                    f"the loader gives a share for one of {self.world_size} processes: expected as "
+                    f"many in the process group, got {processes}, and for training the model in "
+                    "DistributedDataParallel"
+                )
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
         self.bar = bar
         self.start = time.perf_counter()
@@ -301,7 +314,7 @@ class _Meter:
                 'use reduction="mean" or reduction="sum"'
             )
         self.bar.update()
-        if self.size == 0:
+        if self.is_shared and self.size == 0:
             return
         correct = (output.argmax(dim=1) == target).sum()
         lr = None if lr is None else lr + 0  # a copy, where a scheduler changes a tensor in place
@@ -316,7 +329,7 @@ class _Meter:
         count, batch_size = len(self.loader.images), self.loader.batch_size
         whole = min(batch_size, count - self.step * batch_size)  # samples of the global batch
         share = float(self.size > 0) if self.is_sum else self.size / whole
-        return loss * (self.loader.world_size * share)
+        return loss * (self.world_size * share)
 
     def read(self):
         losses, correct, sizes, rates = zip(*self.unread, strict=True)
@@ -330,7 +343,7 @@ class _Meter:
                 raise FloatingPointError(f"the loss became {loss} in step {self.steps}{where}")
             self.loss_sum += loss if self.is_sum else loss * size
         metrics = Metrics(self.loss_sum / self.samples, 100 * self.correct / self.samples)
-        speed = self.samples / (time.perf_counter() - self.start)
+        speed = self.world_size * self.samples / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(
             "loss {:.4f}, accuracy {:.2f} %, {:,.0f} images/s".format(*metrics, speed)
         )
@@ -365,6 +378,9 @@ def load_data(name="auto", root=None):
         The two datasets carry the name that was loaded as `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
 
+    Of several processes, all have to call it. They take turns, since the first may download, and
+    all get the set that rank 0 got.
+
     MNIST's and Fashion-MNIST's files are compared with their MD5. Of the others it is checked that
     each image is 28×28 and has a label, and that the labels are in range.
 
@@ -372,12 +388,27 @@ def load_data(name="auto", root=None):
     absent and cannot be downloaded, OSError where `root` cannot be read or written.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
+    if not dist.is_initialized():
+        return _load(name, root)
+    is_first = os.environ.get("LOCAL_RANK") == "0"  # on its machine
+    turn = 0 if dist.get_rank() == 0 else 1 if is_first else 2
+    pair = _load(name, root) if turn == 0 else None
+    chosen = [pair and pair[0].name]
+    dist.broadcast_object_list(chosen)
+    for each in (1, 2):
+        if turn == each:
+            pair = _load(chosen[0], root)
+        dist.barrier()
+    return pair
+
+
+def _load(name, root):
     if name == "auto":
         try:
-            return load_data("MNIST", root)
+            return _load("MNIST", root)
         except FileNotFoundError as error:
-            warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST. {error}", stacklevel=2)
-            return load_data("digits")
+            warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST. {error}", stacklevel=3)
+            return _load("digits", root)
     if name == "digits":
         pair = Digits(train=True), Digits(train=False)
     elif name in ("MNIST", "FashionMNIST", "KMNIST", "QMNIST"):
@@ -487,9 +518,9 @@ class BatchLoader:
         `rank`-th on, counted from 0. All get as many batches, whatever `world_size` is; if the
         last one has too few samples, some of the shares are empty.
 
-    Raises ValueError for images or labels of another kind, a batch size below 1 and a rank that is
-    not below `world_size`, TypeError for a dataset without `.data` and `.targets` and for another
-    kind of augmentation.
+    Raises ValueError for images or labels of another kind, a batch size below 1 or `world_size` and
+    a rank that is not below `world_size`, TypeError for a dataset without `.data` and `.targets`
+    and for another kind of augmentation.
     """
 
     def __init__(

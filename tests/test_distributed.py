@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from test_data import write_dataset  # noqa: E402
 
 import utils  # noqa: E402
 from model import Net  # noqa: E402
@@ -39,19 +43,23 @@ class FrozenStatistics(Net):
         return super().train(False)
 
 
-def run(model, lr, case, rank=0, world_size=1):
-    """Train and test; return the metrics, the last gradients, the weights and the statistics."""
-    count, batch_size, criterion = CASES[case]
+def shared_loader(count, batch_size, rank, world_size, shuffle=True):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
     data = SimpleNamespace(data=images, targets=torch.arange(count) % 10)
-    share = {"rank": rank, "world_size": world_size}
-    loader = BatchLoader(data, batch_size, shuffle=True, **share)
+    return BatchLoader(data, batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
+
+
+def run(model, lr, case, rank=0, world_size=1):
+    """Train and test; return the metrics, the last gradients, the weights and the statistics."""
+    count, batch_size, criterion = CASES[case]
+    loader = shared_loader(count, batch_size, rank, world_size)
+    test_loader = shared_loader(count, 40, rank, world_size, shuffle=False)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     metrics = [
         utils.train(parallel, "cpu", loader, optimizer, criterion, progress=False),
-        utils.test(parallel, "cpu", BatchLoader(data, 40, **share), criterion, progress=False),
+        utils.test(parallel, "cpu", test_loader, criterion, progress=False),
     ]
     return {
         "metrics": [tuple(each) for each in metrics],
@@ -71,7 +79,11 @@ def worker(folder):
     print("rank", rank)  # of which only 0 is to be seen
     share = rank, world_size
     results = {case: run(seeded(FrozenStatistics, rank), 0.0, case, *share) for case in CASES}
+    results["statistics"] = run(seeded(Net, rank), 0.0, "uneven", *share)
     results["training"] = run(seeded(Net, rank), 0.05, "uneven", *share)
+    os.environ["DATA_DIR"] = f"{folder}/{rank}"  # MNIST lies in one of the two
+    utils.RAW_MD5.clear()  # and is made up
+    results["dataset"] = utils.load_data("auto")[0].name
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -85,8 +97,12 @@ if __name__ == "__main__":
 def ranks(tmp_path_factory):
     """The results of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("ranks")
+    write_dataset(folder / "1", "MNIST")
+    offline = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
     command = [*TORCHRUN, __file__, str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "2 processes, each on the CPU\nrank 0\n"
     assert "Grad strides" not in run.stderr
@@ -106,14 +122,26 @@ def test_gradients_and_metrics_are_those_of_one_process(ranks, case):
     assert ranks[0][case]["metrics"] == ranks[1][case]["metrics"]
 
 
-def test_processes_end_with_the_same_weights_and_rank_0s_statistics(ranks):
+def test_all_get_the_dataset_that_rank_0_got(ranks):
+    assert [rank["dataset"] for rank in ranks] == ["digits", "digits"]
+
+
+def test_rank_0s_statistics_count(ranks):
+    count, batch_size, _ = CASES["uneven"]
+    model, part = seeded(Net), list(shared_loader(count, batch_size, 0, 2))
+    utils.train(model, "cpu", part, torch.optim.SGD(model.parameters(), lr=0.0), F.nll_loss)
+    expected = torch.cat([buffer.double().flatten() for buffer in model.buffers()])
+    for rank in ranks:
+        torch.testing.assert_close(rank["statistics"]["statistics"], expected)
+
+
+def test_processes_end_with_the_same_weights(ranks):
     first, second = (rank["training"] for rank in ranks)
     for key in ("weights", "statistics"):
         assert torch.equal(first[key], second[key])
     whole = run(seeded(Net), 0.05, "uneven")
     off = first["weights"] - whole["weights"]  # batch norm sees half of each batch
     assert 0 < off.norm() < 0.05 * whole["weights"].norm()
-    assert not torch.equal(first["statistics"], whole["statistics"])
 
 
 # --- in one process
@@ -167,8 +195,14 @@ def test_ranks_out_of_range(rank, world_size):
     data = SimpleNamespace(data=torch.zeros(9, 28, 28).byte(), targets=torch.arange(9))
     with pytest.raises(ValueError, match=f"rank {rank} of {world_size} and batches of 64"):
         BatchLoader(data, 64, rank=rank, world_size=world_size)
+
+
+def test_a_share_without_the_other_processes_is_refused():
+    loader, model = shared_loader(9, 4, 1, 2), Net()
     with pytest.raises(ValueError, match="share of process 1 of 2"):
-        utils.predict(Net(), "cpu", BatchLoader(data, 64, rank=1, world_size=2))
+        utils.predict(model, "cpu", loader)
+    with pytest.raises(ValueError, match="one of 2 processes.*got 1.*DistributedDataParallel"):
+        utils.train(model, "cpu", loader, torch.optim.SGD(model.parameters()), F.nll_loss)
 
 
 # --- the exported notebook
@@ -180,39 +214,62 @@ EPOCH = re.compile(r"^Epoch (\d+)/(\d+)  train loss .* test loss .* accuracy ([\
 def export(**parameters):
     """Export the notebook with other parameters as S5.py, as the README says."""
     values = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
+    Path("runs").mkdir()
     for command in (
-        ["papermill", "--prepare-only", "S5.ipynb", "other.ipynb", *values],
-        ["nbconvert", "--to", "script", "other.ipynb", "--output", "S5"],
+        ["papermill", "--prepare-only", "S5.ipynb", "runs/S5.ipynb", *values],
+        ["nbconvert", "--to", "script", "runs/S5.ipynb", "--output-dir", "."],
     ):
         subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
 
 
-def test_a_killed_process_ends_the_job_which_goes_on_when_run_again(folder):
-    export(DATASET="digits", EPOCHS=12, RESUME=True)
-    command = [*TORCHRUN, "S5.py"]
+@contextmanager
+def job(*options, cwd="."):
+    """Run S5.py under torchrun; end its processes whatever happens."""
+    command = [*TORCHRUN, *options, "S5.py"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, env=env, **pipes) as job:
-        for line in job.stdout:
-            if line.startswith("Epoch 2/12"):
-                break
-        workers = psutil.Process(job.pid).children()
-        (second,) = [each for each in workers if each.environ().get("RANK") == "1"]
-        second.kill()
-        assert job.wait(timeout=60) != 0
-    before = load_checkpoint("runs/checkpoint.pt")
-    assert 2 <= before["epoch"] < 12
+    with open(Path(cwd) / "stderr.txt", "w") as stderr:
+        process = subprocess.Popen(
+            command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)  # on which torchrun ends them
+            process.communicate(timeout=60)
 
-    job = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert job.returncode == 0, job.stderr
-    assert job.stdout.startswith("2 processes, each on the CPU\n")
-    assert job.stdout.count(f"Going on after epoch {before['epoch']} of 12\n") == 1
-    epochs = [int(epoch) for epoch, *_ in EPOCH.findall(job.stdout)]
-    assert epochs == list(range(before["epoch"] + 1, 13))
+
+def finish():
+    """Run the job to its end; return what it printed."""
+    with job() as process:
+        printed = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, Path("stderr.txt").read_text()
+    return printed
+
+
+def test_a_killed_process_ends_the_job_which_goes_on_when_run_again(folder):
+    export(DATASET="digits", EPOCHS=16, RESUME=True)
+    done = 0
+    for rank in ("1", "0"):
+        with job() as process:
+            for line in process.stdout:
+                if line.startswith(f"Epoch {done + 2}/16"):
+                    break
+            workers = psutil.Process(process.pid).children()
+            (worker,) = [each for each in workers if each.environ().get("RANK") == rank]
+            worker.kill()
+            assert process.wait(timeout=60) != 0
+        before = load_checkpoint("runs/checkpoint.pt")
+        assert done + 2 <= before["epoch"] + (rank == "0") < 16  # killed before it had saved
+        done = before["epoch"]
+
+    printed = finish()
+    assert printed.startswith("2 processes, each on the CPU\n")
+    assert printed.count(f"Going on after epoch {done} of 16\n") == 1
+    assert [int(epoch) for epoch, *_ in EPOCH.findall(printed)] == list(range(done + 1, 17))
     after = load_checkpoint("runs/checkpoint.pt")
     for curve in utils.CURVES:
-        assert len(after[curve]) == 12 and after[curve][: before["epoch"]] == before[curve]
-    (final,) = re.findall(r"^Final test accuracy: ([\d.]+) %", job.stdout, re.MULTILINE)
+        assert len(after[curve]) == 16 and after[curve][:done] == before[curve]
+    (final,) = re.findall(r"^Final test accuracy: ([\d.]+) %", printed, re.MULTILINE)
     assert float(final) > 90
 
 
@@ -221,16 +278,15 @@ def test_trains_on_a_slice_of_mnist(folder, mnist_root, monkeypatch):
     export(DATASET="MNIST", EPOCHS=1, BATCH_SIZE=64)
     script, load = Path("S5.py").read_text(), "train_data, test_data = load_data(DATASET)\n"
     assert script.count(load) == 1
-    load += "for data, count in ((train_data, 6001), (test_data, 1001)):\n"
-    load += "    data.data, data.targets = data.data[:count], data.targets[:count]\n"
-    Path("S5.py").write_text(script.replace("train_data, test_data = load_data(DATASET)\n", load))
-    job = subprocess.run([*TORCHRUN, "S5.py"], capture_output=True, text=True, timeout=120)
-    assert job.returncode == 0, job.stderr
-    assert "MNIST: 6,001 training and 1,001 test images" in job.stdout
-    ((epoch, _, accuracy),) = EPOCH.findall(job.stdout)
+    cut = "for data, count in ((train_data, 6001), (test_data, 1001)):\n"
+    cut += "    data.data, data.targets = data.data[:count], data.targets[:count]\n"
+    Path("S5.py").write_text(script.replace(load, load + cut))
+    printed = finish()
+    assert "MNIST: 6,001 training and 1,001 test images" in printed
+    ((epoch, _, accuracy),) = EPOCH.findall(printed)
     assert epoch == "1" and float(accuracy) > 90
     right = sum(
         round(float(share) * int(count) / 100)
-        for share, count in re.findall(r": ([\d.]+) % of (\d+)\n", job.stdout)
+        for share, count in re.findall(r": ([\d.]+) % of (\d+)\n", printed)
     )
     assert f"{100 * right / 1001:.2f}" == accuracy  # of both processes = of rank 0 alone
