@@ -323,7 +323,7 @@ class _Meter:
             self.read()
 
     def weigh(self, loss):
-        """Return what to backpropagate, so that the mean over the processes is the global loss."""
+        """Return what to backpropagate, so that DDP's mean is the gradient of the global batch."""
         if not self.is_shared:
             return loss
         count, batch_size = len(self.loader.images), self.loader.batch_size
