@@ -1,10 +1,10 @@
-"""How training speeds up with the number of processes on one machine, a thread or a GPU each.
+"""How training speeds up with processes on one machine, of one thread or one GPU each.
 
     python tests/scaling.py --processes 1 2
 
-Trains on 20,000 images of MNIST with the notebook's recipe and global batch size, the counts of
-processes in turns, and once more in each run without exchanging gradients, to see what that costs.
-Prints a Markdown table of medians.
+Trains on 20,000 images of MNIST with the notebook's recipe and global batch size, the numbers of
+processes in turns, and one process with all threads beside them; once more in each run without
+exchanging gradients, to see what that costs. Prints medians as a Markdown table.
 """
 
 import argparse
@@ -66,22 +66,24 @@ def main():
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         return worker(args.count, args.batch_size)
-    speeds = {number: {"exchanging": [], "alone": []} for number in args.processes}
+    cores = torch.get_num_threads()
+    jobs = [(number, 1) for number in args.processes] + [(1, cores)]
+    speeds = {job: {"exchanging": [], "alone": []} for job in jobs}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     options = ["--count", str(args.count), "--batch-size", str(args.batch_size)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(args.runs):
-        for number in args.processes:
+        for number, threads in jobs:
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             command = [*torchrun, f"--nproc-per-node={number}", __file__, *options]
             run = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
             for name, speed in json.loads(run.stdout.splitlines()[-1]).items():
-                speeds[number][name].append(speed)
-    print("| processes | runs | images/s | ratio | without exchanging gradients, images/s |")
+                speeds[number, threads][name].append(speed)
+    print("| processes | threads each | images/s | ratio | without exchanging gradients |")
     print("|---|---|---|---|---|")
-    first = statistics.median(speeds[args.processes[0]]["exchanging"])
-    for number, each in speeds.items():
+    first = statistics.median(speeds[jobs[0]]["exchanging"])
+    for (number, threads), each in speeds.items():
         speed, alone = (statistics.median(each[name]) for name in ("exchanging", "alone"))
-        print(f"| {number} | {args.runs} | {speed:,.0f} | {speed / first:.2f} | {alone:,.0f} |")
+        print(f"| {number} | {threads} | {speed:,.0f} | {speed / first:.2f} | {alone:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -290,3 +290,18 @@ def test_trains_on_a_slice_of_mnist(folder, mnist_root, monkeypatch):
         for share, count in re.findall(r": ([\d.]+) % of (\d+)\n", printed)
     )
     assert f"{100 * right / 1001:.2f}" == accuracy  # of both processes = of rank 0 alone
+
+
+def test_scaling_table_runs(mnist_root, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(mnist_root))
+    options = ["--processes", "2", "--runs", "1", "--count", "640", "--batch-size", "64"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "scaling.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ") for line in run.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| 2", "| 1"] and rows[0][3] == "1.00"
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
