@@ -17,6 +17,7 @@ import io
 import math
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -28,11 +29,13 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
@@ -76,6 +79,40 @@ def get_device():
     return torch.device("cpu")
 
 
+def init_distributed():
+    """Join the processes that `torchrun` started, and return `(device, rank, world_size)`.
+
+    With one process nothing is initialised: `(get_device(), 0, 1)`. With more, each takes a CUDA
+    GPU of its own, over NCCL, or the CPU where there is no CUDA, over Gloo, and the processes of
+    rank 1 and above print neither output nor warnings from then on.
+
+    Raises ValueError where a machine has fewer GPUs than processes.
+    """
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local_rank, world_size = (int(os.environ.get(name, names[name])) for name in names)
+    if world_size == 1:
+        return get_device(), 0, 1
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"expected a GPU for each process, got {torch.cuda.device_count()} here for "
+                f"process {local_rank}, counted from 0: lower --nproc-per-node, or hide the GPUs "
+                "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    if rank == 0:
+        print(f"{world_size} processes, each on {'the CPU' if device.type == 'cpu' else 'a GPU'}")
+    else:
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    return device, rank, world_size
+
+
 def set_seed(seed):
     """Seed Python's, NumPy's and PyTorch's global generators, and make cuDNN deterministic.
 
@@ -116,7 +153,10 @@ def train(
 ):
     """Train `model` for one epoch and return its `Metrics(loss, accuracy)`.
 
-    Loss and accuracy are those of each batch as it was trained on, so before its update.
+    Loss and accuracy are those of each batch as it was trained on, so before its update. Where the
+    loader is a `BatchLoader` of several processes, they are those of all processes together, the
+    gradients too, and the model is to be in `DistributedDataParallel`; with other loaders, each
+    process measures its own samples.
 
     model: gives an output of shape (N, classes), and is on `device`.
     train_loader: any iterable of batches (images, labels), float images of the shape that the model
@@ -140,7 +180,7 @@ def train(
             meter.check(output, target)
             loss = criterion(output, target)
             meter.update(loss, output, target, optimizer.param_groups[0]["lr"])
-            loss.backward()
+            meter.weigh(loss).backward()
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -176,7 +216,13 @@ def predict(model, device, loader):
 
     They lie on the CPU: classes (N,), float probabilities (N, classes) whose rows sum to 1, and
     labels (N,). Arguments and errors as for `test`; the model gives logits or log-probabilities.
+    The loader is to be a whole one, not the share of one process among several.
     """
+    if getattr(loader, "world_size", 1) > 1:
+        raise ValueError(
+            f"expected a loader of all samples, got the share of process {loader.rank} of "
+            f"{loader.world_size}: make a BatchLoader without rank and world_size"
+        )
     seen = []
 
     def keep(output, target):
@@ -200,16 +246,26 @@ class _Meter:
                 "model.to(device) before the optimizer is made"
             )
         self.loader, self.labels = loader, None
+        self.world_size = loader.world_size if isinstance(loader, BatchLoader) else 1
+        self.is_shared = self.world_size > 1
+        if self.is_shared:
+            processes = dist.get_world_size() if dist.is_initialized() else 1
+            parallel = isinstance(model, DistributedDataParallel) or not model.training
+            if processes != self.world_size or not parallel:
+                raise ValueError(
+                    f"the loader gives a share for one of {self.world_size} processes: expected as "
+                    f"many in the process group, got {processes}, and for training the model in "
+                    "DistributedDataParallel"
+                )
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
         self.bar = bar
         self.start = time.perf_counter()
         self.unread = []  # per batch: loss, correct predictions, samples, learning rate
         self.steps = self.samples = self.correct = self.loss_sum = 0
-        self.metrics = None
 
     def batches(self):
         """Yield the loader's batches on the device."""
-        for data, target in self.loader:
+        for step, (data, target) in enumerate(self.loader):
             if not data.is_floating_point():
                 raise ValueError(
                     f"expected normalised float images, as BatchLoader gives, got {data.dtype}"
@@ -219,6 +275,11 @@ class _Meter:
                     f"expected an integer label for each of {len(data)} images, got {target.dtype} "
                     f"of shape {tuple(target.shape)}; of one-hot rows, take .argmax(dim=1)"
                 )
+            self.step, self.size = step, len(target)
+            if self.is_shared and self.size == 0:
+                # The last global batch has fewer samples than there are processes: those without
+                # take part in the step with a blank image that weighs nothing.
+                data, target = data.new_zeros(1, *data.shape[1:]), target.new_zeros(1)
             self.labels = target if target.device.type == "cpu" else None
             ahead = self.device.type != "cpu"  # the host need not wait for the copy
             yield (
@@ -252,12 +313,23 @@ class _Meter:
                 f"criterion must return one number, got a tensor of shape {tuple(loss.shape)}: "
                 'use reduction="mean" or reduction="sum"'
             )
+        self.bar.update()
+        if self.is_shared and self.size == 0:
+            return
         correct = (output.argmax(dim=1) == target).sum()
         lr = None if lr is None else lr + 0  # a copy, where a scheduler changes a tensor in place
         self.unread.append((loss.detach(), correct, len(target), lr))
         if len(self.unread) == READ_EVERY:
             self.read()
-        self.bar.update()
+
+    def weigh(self, loss):
+        """Return what to backpropagate, so that DDP's mean is the gradient of the global batch."""
+        if not self.is_shared:
+            return loss
+        count, batch_size = len(self.loader.images), self.loader.batch_size
+        whole = min(batch_size, count - self.step * batch_size)  # samples of the global batch
+        share = float(self.size > 0) if self.is_sum else self.size / whole
+        return loss * (self.world_size * share)
 
     def read(self):
         losses, correct, sizes, rates = zip(*self.unread, strict=True)
@@ -270,21 +342,28 @@ class _Meter:
                 where = "" if lr is None else f" at learning rate {lr:g} (try a lower one)"
                 raise FloatingPointError(f"the loss became {loss} in step {self.steps}{where}")
             self.loss_sum += loss if self.is_sum else loss * size
-        self.metrics = Metrics(self.loss_sum / self.samples, 100 * self.correct / self.samples)
-        speed = self.samples / (time.perf_counter() - self.start)
+        metrics = Metrics(self.loss_sum / self.samples, 100 * self.correct / self.samples)
+        speed = self.world_size * self.samples / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(
-            "loss {:.4f}, accuracy {:.2f} %, {:,.0f} images/s".format(*self.metrics, speed)
+            "loss {:.4f}, accuracy {:.2f} %, {:,.0f} images/s".format(*metrics, speed)
         )
 
     def finish(self, losses, accuracies):
         if self.unread:
             self.read()
-        if self.metrics is None:
+        sums = self.loss_sum, self.correct, self.samples
+        if self.is_shared:
+            sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+            dist.all_reduce(sums)
+            sums = sums.tolist()
+        loss_sum, correct, samples = sums
+        if samples == 0:
             raise ValueError("the loader is empty: expected at least one batch of (images, labels)")
-        for values, value in zip((losses, accuracies), self.metrics, strict=True):
+        metrics = Metrics(loss_sum / samples, 100 * correct / samples)
+        for values, value in zip((losses, accuracies), metrics, strict=True):
             if values is not None:
                 values.append(value)
-        return self.metrics
+        return metrics
 
 
 # --- data
@@ -299,6 +378,9 @@ def load_data(name="auto", root=None):
         The two datasets carry the name that was loaded as `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
 
+    Of several processes, all have to call it. They take turns, since the first may download, and
+    all get the set that rank 0 got.
+
     MNIST's and Fashion-MNIST's files are compared with their MD5. Of the others it is checked that
     each image is 28×28 and has a label, and that the labels are in range.
 
@@ -306,12 +388,27 @@ def load_data(name="auto", root=None):
     absent and cannot be downloaded, OSError where `root` cannot be read or written.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
+    if not dist.is_initialized():
+        return _load(name, root)
+    is_first = os.environ.get("LOCAL_RANK") == "0"  # on its machine
+    turn = 0 if dist.get_rank() == 0 else 1 if is_first else 2
+    pair = _load(name, root) if turn == 0 else None
+    chosen = [pair and pair[0].name]
+    dist.broadcast_object_list(chosen)
+    for each in (1, 2):
+        if turn == each:
+            pair = _load(chosen[0], root)
+        dist.barrier()
+    return pair
+
+
+def _load(name, root):
     if name == "auto":
         try:
-            return load_data("MNIST", root)
+            return _load("MNIST", root)
         except FileNotFoundError as error:
-            warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST. {error}", stacklevel=2)
-            return load_data("digits")
+            warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST. {error}", stacklevel=3)
+            return _load("digits", root)
     if name == "digits":
         pair = Digits(train=True), Digits(train=False)
     elif name in ("MNIST", "FashionMNIST", "KMNIST", "QMNIST"):
@@ -416,12 +513,28 @@ class BatchLoader:
     dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers; or a `Subset` of
         such a dataset. Its transforms are not applied.
     augment: a `RandomAffine`.
+    rank, world_size: of several processes, each with a loader that differs in `rank` alone, each
+        gets its share of every batch of `batch_size`: each `world_size`-th sample from the
+        `rank`-th on, counted from 0. All get as many batches, whatever `world_size` is; if the
+        last one has too few samples, some of the shares are empty.
 
-    Raises ValueError for images or labels of another kind and a batch size below 1, TypeError for
-    a dataset without `.data` and `.targets` and for another kind of augmentation.
+    Raises ValueError for images or labels of another kind, a batch size below 1 or `world_size` and
+    a rank that is not below `world_size`, TypeError for a dataset without `.data` and `.targets`
+    and for another kind of augmentation.
     """
 
-    def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        *,
+        device="cpu",
+        shuffle=False,
+        augment=None,
+        seed=0,
+        rank=0,
+        world_size=1,
+    ):
         images, targets = _tensors(dataset)
         if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or len(images) == 0:
             raise ValueError(
@@ -437,11 +550,18 @@ class BatchLoader:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         if augment is not None and not hasattr(augment, "draw"):
             raise TypeError(f"augment must be a RandomAffine, got {type(augment).__name__}")
+        if not 0 <= rank < world_size <= batch_size:
+            raise ValueError(
+                f"expected 0 <= rank < world_size <= batch_size, got rank {rank} of {world_size} "
+                f"and batches of {batch_size}"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augment = augment
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         self.images = images.unsqueeze(1).to(device)
         self.targets = targets.long().to(device)
@@ -461,10 +581,10 @@ class BatchLoader:
         if self.augment:
             matrices = self.augment.draw(count, generator).to(device)
         for start in range(0, count, self.batch_size):
-            batch = slice(start, start + self.batch_size)
+            batch = slice(start + self.rank, start + self.batch_size, self.world_size)
             index = order[batch]
             images = self.images[index]
-            if self.augment:
+            if self.augment and len(images) > 0:  # affine_grid refuses an empty share
                 images = self.augment(images.float(), matrices[batch])
             yield images.sub(255 * MEAN).div_(255 * STD), self.targets[index]
         if self.epoch == epoch:  # else it was set meanwhile, or another pass was quicker

@@ -358,13 +358,11 @@ def main():
     mode.add_argument("--ablation", action="store_true", help="instead of the comparison")
     mode.add_argument("--run", nargs=4, help=argparse.SUPPRESS)  # one run, in its own process
     parser.add_argument("--runs", type=positive, default=5, help="seeds of our recipes")
-    parser.add_argument(
-        "--reference-runs", type=positive, default=1, help="seeds of the references"
-    )
+    parser.add_argument("--reference-runs", type=int, default=1, help="seeds of the references")
     parser.add_argument(
         "--epochs", type=positive, nargs="+", default=[1, EPOCHS], help="budgets of our recipe"
     )
-    parser.add_argument("--data", default="MNIST", choices=("MNIST", "digits"))
+    parser.add_argument("--data", default="MNIST", choices=("MNIST", "FashionMNIST", "digits"))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="for what it writes")
     args = parser.parse_args()
     if args.run:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the notebook's tests, the longest, so that no process is left alone with them."""
-    items.sort(key=lambda item: item.path.name != "test_notebook.py")
+    """Begin with the longest, those of the notebook, so that no process is left alone with them."""
+    items.sort(key=lambda item: item.path.name not in ("test_notebook.py", "test_distributed.py"))
 
 
 @pytest.fixture(scope="session")
