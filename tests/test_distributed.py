@@ -1,5 +1,6 @@
 """Two processes on the CPU against one. Under torchrun, this file is the two processes' script."""
 
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import scaling  # noqa: E402
 from test_data import write_dataset  # noqa: E402
 
 import utils  # noqa: E402
@@ -274,8 +276,10 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_run_again(folder):
 
 
 def test_trains_on_a_slice_of_mnist(folder, mnist_root, monkeypatch):
+    import test_notebook  # here, since the two processes need not import it
+
     monkeypatch.setenv("DATA_DIR", str(mnist_root))
-    export(DATASET="MNIST", EPOCHS=1, BATCH_SIZE=64)
+    test_notebook.export(DATASET="MNIST", EPOCHS=1, BATCH_SIZE=64)
     script, load = Path("S5.py").read_text(), "train_data, test_data = load_data(DATASET)\n"
     assert script.count(load) == 1
     cut = "for data, count in ((train_data, 6001), (test_data, 1001)):\n"
@@ -292,16 +296,24 @@ def test_trains_on_a_slice_of_mnist(folder, mnist_root, monkeypatch):
     assert f"{100 * right / 1001:.2f}" == accuracy  # of both processes = of rank 0 alone
 
 
-def test_scaling_table_runs(mnist_root, monkeypatch):
+def test_scaling_measures_and_prints_a_table(mnist_root, monkeypatch, capsys):
     monkeypatch.setenv("DATA_DIR", str(mnist_root))
-    options = ["--processes", "2", "--runs", "1", "--count", "640", "--batch-size", "64"]
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "scaling.py"), *options],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    rows = [line.split(" | ") for line in run.stdout.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["| 2", "| 1"] and rows[0][3] == "1.00"
-    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+    scaling.worker(count=640, batch_size=64)
+    line = capsys.readouterr().out
+    assert min(json.loads(line).values()) > 0
+
+    def answer(command, env, **_):
+        speed = 100 * int(env["OMP_NUM_THREADS"]) + 50 * ("--nproc-per-node=2" in command)
+        speeds = json.dumps({"exchanging": speed, "alone": speed + 7})
+        return SimpleNamespace(stdout=f"2 processes\n{speeds}\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    scaling.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [
+        "| 1 | 1 | 100 | 1.00 | 107 |",
+        "| 2 | 1 | 150 | 1.50 | 157 |",
+        "| 1 | 4 | 400 | 4.00 | 407 |",
+    ]
