@@ -156,17 +156,9 @@ def photo(digit, rng, kind="plain", field=None):
     centre = np.array([width, height]) / 2
     if "off centre" in kinds:
         centre = centre + np.array([width, height]) * rng.uniform(-0.2, 0.2, 2) * (1 - share)
-    pen = (
-        unit
-        * 1.5
-        * (
-            rng.uniform(0.08, 0.13)
-            if "thick pen" in kinds
-            else rng.uniform(0.012, 0.02)
-            if "thin pen" in kinds
-            else rng.uniform(0.025, 0.07)
-        )
-    )
+    widths = {"thick pen": (0.08, 0.13), "thin pen": (0.012, 0.02)}
+    chosen = next((widths[name] for name in widths if name in kinds), (0.025, 0.07))
+    pen = unit * 1.5 * rng.uniform(*chosen)
     if field is None:
         ink = draw((height, width), [p * unit + centre for p in parts], pen, rng, over=2)
     else:  # a picture of a digit (MNIST's), printed

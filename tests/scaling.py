@@ -25,18 +25,19 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmark import AUGMENT
+
 from model import Net
-from utils import BatchLoader, RandomAffine, init_distributed, load_data, train
+from utils import BatchLoader, init_distributed, load_data, train
 
 
 def worker(count, batch_size):
     """Print images/s, with and without exchanging gradients."""
     device, rank, world_size = init_distributed()
     share = {"rank": rank, "world_size": world_size, "device": device}
-    augment = RandomAffine(degrees=7, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=5)
     data = load_data("MNIST")[0]
     warm_up, loader = (
-        BatchLoader(Subset(data, range(size)), batch_size, shuffle=True, augment=augment, **share)
+        BatchLoader(Subset(data, range(size)), batch_size, shuffle=True, augment=AUGMENT, **share)
         for size in (count // 10, count)
     )
     model = Net().to(device)

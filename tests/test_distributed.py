@@ -225,13 +225,12 @@ def export(**parameters):
 
 
 @contextmanager
-def job(*options, cwd="."):
+def job():
     """Run S5.py under torchrun; end its processes whatever happens."""
-    command = [*TORCHRUN, *options, "S5.py"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with open(Path(cwd) / "stderr.txt", "w") as stderr:
+    with open("stderr.txt", "w") as stderr:
         process = subprocess.Popen(
-            command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True
+            [*TORCHRUN, "S5.py"], env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
         try:
             yield process
@@ -261,7 +260,7 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_run_again(folder):
             worker.kill()
             assert process.wait(timeout=60) != 0
         before = load_checkpoint("runs/checkpoint.pt")
-        assert done + 2 <= before["epoch"] + (rank == "0") < 16  # killed before it had saved
+        assert done + 2 <= before["epoch"] < 16  # what is printed is saved
         done = before["epoch"]
 
     printed = finish()
