@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import math
+import operator
 import os
 import random
 import sys
@@ -47,7 +48,7 @@ DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EN
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 WORK = 400  # pixels along the longer side at which a digit is looked for
 PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
-READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
+EMPTY = "the loader is empty: expected at least one batch of (images, labels)"
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -67,7 +68,7 @@ PARTS = ("model", "optimizer", "scheduler", "average")
 CHECKPOINT_KEYS = {"epoch", "hyperparameters", "kinds", "random", *CURVES, *PARTS}
 
 
-# --- run
+# --- set-up
 
 
 def get_device():
@@ -77,40 +78,6 @@ def get_device():
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def init_distributed():
-    """Join the processes that `torchrun` started, and return `(device, rank, world_size)`.
-
-    With one process nothing is initialised: `(get_device(), 0, 1)`. With more, each takes a CUDA
-    GPU of its own, over NCCL, or the CPU where there is no CUDA, over Gloo, and the processes of
-    rank 1 and above print neither output nor warnings from then on.
-
-    Raises ValueError where a machine has fewer GPUs than processes.
-    """
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local_rank, world_size = (int(os.environ.get(name, names[name])) for name in names)
-    if world_size == 1:
-        return get_device(), 0, 1
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"expected a GPU for each process, got {torch.cuda.device_count()} here for "
-                f"process {local_rank}, counted from 0: lower --nproc-per-node, or hide the GPUs "
-                "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-    if rank == 0:
-        print(f"{world_size} processes, each on {'the CPU' if device.type == 'cpu' else 'a GPU'}")
-    else:
-        sys.stdout = open(os.devnull, "w")
-        warnings.simplefilter("ignore")
-    return device, rank, world_size
 
 
 def set_seed(seed):
@@ -134,11 +101,6 @@ class Metrics(NamedTuple):
     accuracy: float  # percent of those samples, 0 to 100
 
 
-def get_correct_pred_count(pred, target):
-    """Return how many of the N rows of `pred` (N, classes) have their maximum at `target` (N,)."""
-    return int((pred.argmax(dim=1) == target).sum())
-
-
 def train(
     model,
     device,
@@ -153,217 +115,269 @@ def train(
 ):
     """Train `model` for one epoch and return its `Metrics(loss, accuracy)`.
 
-    Loss and accuracy are those of each batch as it was trained on, so before its update. Where the
-    loader is a `BatchLoader` of several processes, they are those of all processes together, the
-    gradients too, and the model is to be in `DistributedDataParallel`; with other loaders, each
-    process measures its own samples.
+    `criterion(output, target)` must return the mean over the batch. If it returns the sum, it needs
+    an attribute `reduction` that says "sum": PyTorch's losses have one, and a function or `partial`
+    can be given one (`criterion.reduction = "sum"`); without it, the loss reported is too large.
 
-    model: gives an output of shape (N, classes), and is on `device`.
-    train_loader: any iterable of batches (images, labels), float images of the shape that the model
-        takes and N integer labels; they are moved to `device`.
-    criterion: function or module of (output, labels), giving the mean over the batch, or the sum
-        where it has `reduction="sum"`.
+    Loss and accuracy of a batch are those before its optimizer step. They are averaged over the
+    samples, and over all processes where there are several, which must then all call this.
+
+    model: its output has the shape (N, classes); it is on `device`.
+    train_loader: any iterable of batches (data, target): normalised float images and N integer
+        labels, 0 to classes - 1.
     train_losses, train_acc: lists to which the loss and the accuracy (percent) are appended.
     scheduler: a learning rate scheduler that is stepped after each batch.
     progress: show a progress bar.
 
-    Raises ValueError where the loader is empty, the model is on another device, the batches are of
-    another kind, a label is none of the model's classes or the criterion returns more than one
-    number, and FloatingPointError at a loss that is not finite.
+    Raises TypeError where the last two are not lists, ValueError for an empty loader, uint8 images,
+    one-hot or float labels or an output of another shape, and FloatingPointError where the loss is
+    not finite.
     """
     model.train()
-    with tqdm(train_loader, "train", leave=False, disable=not progress) as bar:
-        meter = _Meter(model, device, train_loader, criterion, bar)
-        for data, target in meter.batches():
-            optimizer.zero_grad()
-            output = model(data)
-            meter.check(output, target)
-            loss = criterion(output, target)
-            meter.update(loss, output, target, optimizer.param_groups[0]["lr"])
-            meter.weigh(loss).backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-        return meter.finish(train_losses, train_acc)
+    metrics = RunningMetrics(criterion, train_losses, train_acc, optimizer)
+    is_cuda = torch.device(device).type == "cuda"  # elsewhere a copy not waited for may be wrong
+    for data, target in progress_bar(train_loader, "train", metrics, progress):
+        data = data.to(device, non_blocking=is_cuda)
+        target = target.to(device, non_blocking=is_cuda)
+        optimizer.zero_grad()
+        output = model(data)
+        loss = criterion(output, target)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        metrics.update(loss, output, target)
+    return metrics.finish()
 
 
 @torch.no_grad()
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, progress=True):
-    """Evaluate `model` in evaluation mode and return its `Metrics(loss, accuracy)`.
+    """Evaluate `model` and return its `Metrics(loss, accuracy)`.
 
-    Arguments and errors as for `train`. The mode of the model and of each of its parts is restored.
+    Arguments and errors as for `train`. The model is left in evaluation mode.
     """
-    training = [module for module in model.modules() if module.training]
+    model = _same_in_all_processes(model)
     model.eval()
-    try:
-        with tqdm(test_loader, "test", leave=False, disable=not progress) as bar:
-            meter = _Meter(model, device, test_loader, criterion, bar)
-            for data, target in meter.batches():
-                output = model(data)
-                meter.check(output, target)
-                meter.update(criterion(output, target), output, target)
-            return meter.finish(test_losses, test_acc)
-    finally:
-        for module in training:
-            module.training = True
+    metrics = RunningMetrics(criterion, test_losses, test_acc)
+    is_cuda = torch.device(device).type == "cuda"
+    for data, target in progress_bar(test_loader, "test", metrics, progress):
+        data = data.to(device, non_blocking=is_cuda)
+        target = target.to(device, non_blocking=is_cuda)
+        output = model(data)
+        loss = criterion(output, target)
+        metrics.update(loss, output, target)
+    return metrics.finish()
 
 
 test.__test__ = False  # or pytest takes it for a test wherever it is imported by name
 
 
+@torch.no_grad()
 def predict(model, device, loader):
     """Return `(predictions, probabilities, targets)` for all samples of a loader, in its order.
 
-    They lie on the CPU: classes (N,), float probabilities (N, classes) whose rows sum to 1, and
-    labels (N,). Arguments and errors as for `test`; the model gives logits or log-probabilities.
-    The loader is to be a whole one, not the share of one process among several.
+    They are on the CPU: classes (N,), probabilities (N, classes) whose rows sum to 1, and labels
+    (N,). The model gives logits or log-probabilities; it is left in evaluation mode.
+
+    Raises ValueError for an empty loader, FloatingPointError where an output is not a number, and
+    RuntimeError in one of several processes, each of which would see only its share.
     """
-    if getattr(loader, "world_size", 1) > 1:
-        raise ValueError(
-            f"expected a loader of all samples, got the share of process {loader.rank} of "
-            f"{loader.world_size}: make a BatchLoader without rank and world_size"
-        )
-    seen = []
+    if _world_size() > 1:
+        raise RuntimeError("predict is for one process: call it after end_distributed()")
+    model.eval()
+    outputs, targets = [], []
+    for data, target in loader:
+        outputs.append(model(data.to(device)).softmax(dim=1).cpu())
+        targets.append(target.cpu())
+    if not outputs:
+        raise ValueError(EMPTY)
+    probabilities = torch.cat(outputs)
+    if probabilities.isnan().any():
+        raise FloatingPointError("the model's output is not a number (nan)")
+    return probabilities.argmax(dim=1), probabilities, torch.cat(targets)
 
-    def keep(output, target):
-        seen.append((output.softmax(dim=1), target))
-        return 0 * seen[-1][0].sum()  # nan where an output is
 
-    test(model, device, loader, keep, progress=False)
-    probabilities, targets = (torch.cat(parts).cpu() for parts in zip(*seen, strict=True))
-    return probabilities.argmax(dim=1), probabilities, targets
+def get_correct_pred_count(pred, target):
+    """Return how many of the N rows of `pred` (N, classes) have their maximum at `target` (N,)."""
+    return int((pred.argmax(dim=1) == target).sum())
 
 
-class _Meter:
-    """Checks the batches of one pass, and adds up loss and accuracy where they were computed."""
+class RunningMetrics:
+    """Loss and accuracy of a pass: `update` after each batch, `compute` whenever they are wanted.
 
-    def __init__(self, model, device, loader, criterion, bar):
-        self.device = torch.empty(0, device=device).device  # with its index
-        here = {parameter.device for parameter in model.parameters()}
-        if here - {self.device}:
-            raise ValueError(
-                f"the model is on {', '.join(map(str, here))}, its batches go to {device}: call "
-                "model.to(device) before the optimizer is made"
-            )
-        self.loader, self.labels = loader, None
-        self.world_size = loader.world_size if isinstance(loader, BatchLoader) else 1
-        self.is_shared = self.world_size > 1
-        if self.is_shared:
-            processes = dist.get_world_size() if dist.is_initialized() else 1
-            parallel = isinstance(model, DistributedDataParallel) or not model.training
-            if processes != self.world_size or not parallel:
-                raise ValueError(
-                    f"the loader gives a share for one of {self.world_size} processes: expected as "
-                    f"many in the process group, got {processes}, and for training the model in "
-                    "DistributedDataParallel"
+    criterion: as for `train`.
+    losses, accuracies: lists to which `finish` appends, or None.
+    optimizer: its learning rate is named where the loss is not finite.
+    """
+
+    def __init__(self, criterion, losses=None, accuracies=None, optimizer=None):
+        for values in (losses, accuracies):
+            if values is not None and not hasattr(values, "append"):
+                raise TypeError(
+                    "expected a list for the losses and one for the accuracies, got "
+                    f"{type(values).__name__}; a scheduler is passed by name: scheduler=..."
                 )
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
-        self.bar = bar
-        self.start = time.perf_counter()
-        self.unread = []  # per batch: loss, correct predictions, samples, learning rate
-        self.steps = self.samples = self.correct = self.loss_sum = 0
+        self.losses, self.accuracies, self.optimizer = losses, accuracies, optimizer
+        self.loss_sum = self.correct = self.count = 0
 
-    def batches(self):
-        """Yield the loader's batches on the device."""
-        for step, (data, target) in enumerate(self.loader):
-            if not data.is_floating_point():
-                raise ValueError(
-                    f"expected normalised float images, as BatchLoader gives, got {data.dtype}"
-                )
-            if target.is_floating_point() or target.dim() != 1 or len(target) != len(data):
-                raise ValueError(
-                    f"expected an integer label for each of {len(data)} images, got {target.dtype} "
-                    f"of shape {tuple(target.shape)}; of one-hot rows, take .argmax(dim=1)"
-                )
-            self.step, self.size = step, len(target)
-            if self.is_shared and self.size == 0:
-                # The last global batch has fewer samples than there are processes: those without
-                # take part in the step with a blank image that weighs nothing.
-                data, target = data.new_zeros(1, *data.shape[1:]), target.new_zeros(1)
-            self.labels = target if target.device.type == "cpu" else None
-            ahead = self.device.type != "cpu"  # the host need not wait for the copy
-            yield (
-                data.to(self.device, non_blocking=ahead),
-                target.to(self.device, torch.long, non_blocking=ahead),
-            )
-
-    def check(self, output, target):
-        """Compare output and labels, where these came from an accelerator the first time only."""
-        if output.dim() != 2 or len(output) != len(target):
+    def update(self, loss, output, target):
+        """Add a batch: output (N, classes), target (N,). Never waits for the device."""
+        if output.dim() != 2 or target.shape != output.shape[:1] or target.is_floating_point():
             raise ValueError(
-                f"expected a model whose output has shape ({len(target)}, classes), got "
-                f"{tuple(output.shape)}"
+                "expected a model output of shape (N, classes) and N integer labels, got "
+                f"{tuple(output.shape)} and {target.dtype} of shape {tuple(target.shape)}; "
+                "of one-hot labels, take .argmax(dim=1)"
             )
-        labels = self.labels
-        if labels is None:
-            if self.steps or self.unread:
-                return  # to look again, the host would have to wait
-            labels = self.loader.targets if isinstance(self.loader, BatchLoader) else target
-        labels = labels.cpu().numpy()
-        low, high = labels.min(), labels.max()
-        if low < 0 or high >= output.shape[1]:
-            raise ValueError(
-                f"expected labels from 0 to {output.shape[1] - 1}, since the model tells "
-                f"{output.shape[1]} classes apart, got {low} to {high}"
-            )
+        weight = 1 if self.is_sum else len(target)
+        precise = torch.float32 if loss.is_mps else torch.float64  # MPS has no float64
+        self.loss_sum = self.loss_sum + weight * loss.detach().to(precise)
+        self.correct = self.correct + (output.argmax(dim=1) == target).sum()
+        self.count += len(target)
 
-    def update(self, loss, output, target, lr=None):
-        if loss.dim() != 0:
-            raise ValueError(
-                f"criterion must return one number, got a tensor of shape {tuple(loss.shape)}: "
-                'use reduction="mean" or reduction="sum"'
-            )
-        self.bar.update()
-        if self.is_shared and self.size == 0:
-            return
-        correct = (output.argmax(dim=1) == target).sum()
-        lr = None if lr is None else lr + 0  # a copy, where a scheduler changes a tensor in place
-        self.unread.append((loss.detach(), correct, len(target), lr))
-        if len(self.unread) == READ_EVERY:
-            self.read()
+    def compute(self):
+        """Return the `Metrics` of this process so far. Waits for the device."""
+        return self._mean(float(self.loss_sum), int(self.correct), self.count)
 
-    def weigh(self, loss):
-        """Return what to backpropagate, so that DDP's mean is the gradient of the global batch."""
-        if not self.is_shared:
-            return loss
-        count, batch_size = len(self.loader.images), self.loader.batch_size
-        whole = min(batch_size, count - self.step * batch_size)  # samples of the global batch
-        share = float(self.size > 0) if self.is_sum else self.size / whole
-        return loss * (self.world_size * share)
-
-    def read(self):
-        losses, correct, sizes, rates = zip(*self.unread, strict=True)
-        self.unread.clear()
-        self.correct += int(torch.stack(correct).sum())  # here the host waits for the device
-        self.samples += sum(sizes)
-        for loss, size, lr in zip(torch.stack(losses).tolist(), sizes, rates, strict=True):
-            self.steps += 1
-            if not math.isfinite(loss):
-                where = "" if lr is None else f" at learning rate {lr:g} (try a lower one)"
-                raise FloatingPointError(f"the loss became {loss} in step {self.steps}{where}")
-            self.loss_sum += loss if self.is_sum else loss * size
-        metrics = Metrics(self.loss_sum / self.samples, 100 * self.correct / self.samples)
-        speed = self.world_size * self.samples / (time.perf_counter() - self.start)
-        self.bar.set_postfix_str(
-            "loss {:.4f}, accuracy {:.2f} %, {:,.0f} images/s".format(*metrics, speed)
-        )
-
-    def finish(self, losses, accuracies):
-        if self.unread:
-            self.read()
-        sums = self.loss_sum, self.correct, self.samples
-        if self.is_shared:
-            sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
-            dist.all_reduce(sums)
-            sums = sums.tolist()
-        loss_sum, correct, samples = sums
-        if samples == 0:
-            raise ValueError("the loader is empty: expected at least one batch of (images, labels)")
-        metrics = Metrics(loss_sum / samples, 100 * correct / samples)
-        for values, value in zip((losses, accuracies), metrics, strict=True):
-            if values is not None:
-                values.append(value)
+    def finish(self):
+        """Return the `Metrics` of all processes together, appended to the lists."""
+        sums = _sum_over_processes(float(self.loss_sum), int(self.correct), self.count)
+        metrics = self._mean(*sums)
+        if self.losses is not None:
+            self.losses.append(metrics.loss)
+        if self.accuracies is not None:
+            self.accuracies.append(metrics.accuracy)
         return metrics
+
+    def _mean(self, loss_sum, correct, count):
+        if count == 0:
+            raise ValueError(EMPTY)
+        if not math.isfinite(loss_sum):
+            advice = ""
+            if self.optimizer is not None:
+                rate = float(self.optimizer.param_groups[0]["lr"])
+                advice = f"; the learning rate is {rate:g} here, try a lower one"
+            raise FloatingPointError(f"the loss is not finite ({loss_sum}){advice}")
+        return Metrics(loss_sum / count, 100 * correct / count)
+
+
+def progress_bar(loader, description, metrics, show=True):
+    """Yield the loader's batches and show the metrics so far, every 50 batches and at the end."""
+    start = time.perf_counter()
+
+    def show_metrics():
+        loss, accuracy = metrics.compute()  # here the host waits for the device
+        speed = metrics.count * _world_size() / (time.perf_counter() - start)
+        bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f} %, {speed:,.0f} images/s")
+
+    total = operator.length_hint(loader) or None
+    with tqdm(total=total, desc=description, disable=not show or _rank() > 0) as bar:
+        for step, (data, target) in enumerate(loader, start=1):
+            if data.dtype == torch.uint8:
+                raise ValueError("expected normalised float images, got uint8 (0 to 255)")
+            yield data, target
+            bar.update()
+            if step % 50 == 0:
+                show_metrics()
+        if metrics.count > 0:
+            show_metrics()
+
+
+def print_epoch(epoch, epochs, trained, tested, seconds):
+    """Print a line about an epoch: its `Metrics` in training and test, and the training time."""
+    print(
+        f"Epoch {epoch}/{epochs}"
+        f"  train loss {trained.loss:.4f} accuracy {trained.accuracy:.2f} %"
+        f"  test loss {tested.loss:.4f} accuracy {tested.accuracy:.2f} %"
+        f"  {seconds:.1f} s"
+    )
+
+
+# --- several processes, which torchrun starts
+
+
+def init_distributed():
+    """Join the processes that `torchrun` started, if any, and return this one's `torch.device`.
+
+    One process alone gets `get_device()`. Of several, each gets a CUDA GPU of its own (NCCL), or
+    all get the CPU where there is no CUDA (Gloo); from then on only the first one prints.
+
+    Raises ValueError where a machine has fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return get_device()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"expected a GPU for each process, got {torch.cuda.device_count()} for process "
+                f"{device.index}, counted from 0: lower --nproc-per-node, or hide the GPUs "
+                "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
+            )
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    if _rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    where = "a GPU" if device.type == "cuda" else "the CPU"
+    print(f"{_world_size()} processes, each on {where}")
+    return device
+
+
+def data_parallel(model):
+    """Return `model` in `DistributedDataParallel`, or as it is where there is one process.
+
+    Each process trains on its share of a batch, and their gradients are averaged. Batch norm
+    normalises each share by itself; the running statistics of the first process count.
+    """
+    return model if _world_size() == 1 else DistributedDataParallel(model)
+
+
+def end_distributed():
+    """End all processes but the first, which goes on alone."""
+    if _world_size() > 1:
+        rank = _rank()
+        dist.destroy_process_group()
+        if rank > 0:
+            sys.exit()
+
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _from_first(value):
+    """Return what the first process gave for `value`, in each process."""
+    values = [value]
+    if _world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _sum_over_processes(*numbers):
+    if _world_size() == 1:
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def _same_in_all_processes(model):
+    """Return the plain model, with the first process's running statistics (batch norm's)."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if _world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+    return model
 
 
 # --- data
@@ -500,41 +514,29 @@ class Digits(datasets.MNIST):
 
 
 class BatchLoader:
-    """Batches of a dataset that lies on the device as one uint8 tensor; a fast `DataLoader`.
+    """Batches of a dataset that is kept on the device as one uint8 tensor; a fast `DataLoader`.
 
-    Each pass yields each sample once, in batches `(images, labels)`: float32 images of shape
-    (N, 1, 28, 28), scaled to 0…1 and normalised by MEAN and STD, and int64 labels of shape (N,),
-    both on `device`. The last batch may be smaller.
+    A pass yields each sample once, in batches `(images, labels)` on `device`: float32 images of
+    shape (N, 1, 28, 28), scaled to 0 to 1 and normalised by MEAN and STD, and int64 labels of shape
+    (N,). The last batch may be smaller.
 
-    The order and the augmentation of a pass depend on `seed` and `epoch` alone, not on the device
-    or the global generators. `epoch` counts the passes that were exhausted and can be set: peeking
-    at a batch changes nothing, and a run resumes at any epoch.
+    Order and augmentation depend on `seed` and `epoch` alone. `epoch` counts the completed passes
+    and can be set, as when a run is resumed; looking at a batch changes nothing.
 
-    dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers; or a `Subset` of
-        such a dataset. Its transforms are not applied.
+    Of several processes (see `init_distributed`), each gets its share of every batch; `batch_size`
+    is that of all together. In training, all shares are of equal size, which leaves out up to
+    `world_size - 1` samples a pass; under `torch.no_grad()`, as in `test`, none is left out.
+
+    dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers, and no transform;
+        or is a `Subset` of such a dataset.
     augment: a `RandomAffine`.
-    rank, world_size: of several processes, each with a loader that differs in `rank` alone, each
-        gets its share of every batch of `batch_size`: each `world_size`-th sample from the
-        `rank`-th on, counted from 0. All get as many batches, whatever `world_size` is; if the
-        last one has too few samples, some of the shares are empty.
 
-    Raises ValueError for images or labels of another kind, a batch size below 1 or `world_size` and
-    a rank that is not below `world_size`, TypeError for a dataset without `.data` and `.targets`
-    and for another kind of augmentation.
+    Raises TypeError for a dataset without `.data` and `.targets`, ValueError for images or labels
+    of another kind, for a dataset with a transform, which would not be applied, and for a batch
+    size that the number of processes does not divide.
     """
 
-    def __init__(
-        self,
-        dataset,
-        batch_size,
-        *,
-        device="cpu",
-        shuffle=False,
-        augment=None,
-        seed=0,
-        rank=0,
-        world_size=1,
-    ):
+    def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
         images, targets = _tensors(dataset)
         if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or len(images) == 0:
             raise ValueError(
@@ -544,30 +546,20 @@ class BatchLoader:
         if targets.shape != images.shape[:1] or targets.is_floating_point():
             raise ValueError(
                 f"expected an integer label for each of {len(images)} images, got {targets.dtype} "
-                f"of shape {tuple(targets.shape)}; of one-hot rows, take .argmax(dim=1)"
-            )
-        if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-        if augment is not None and not hasattr(augment, "draw"):
-            raise TypeError(f"augment must be a RandomAffine, got {type(augment).__name__}")
-        if not 0 <= rank < world_size <= batch_size:
-            raise ValueError(
-                f"expected 0 <= rank < world_size <= batch_size, got rank {rank} of {world_size} "
-                f"and batches of {batch_size}"
+                f"of shape {tuple(targets.shape)}; of one-hot labels, take .argmax(dim=1)"
             )
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augment = augment
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         self.epoch = 0
         self.images = images.unsqueeze(1).to(device)
         self.targets = targets.long().to(device)
 
     def __len__(self):
-        return math.ceil(len(self.images) / self.batch_size)
+        share, batch_size = self._share()
+        return math.ceil(len(share) / batch_size)
 
     def __iter__(self):
         epoch, count, device = self.epoch, len(self.images), self.images.device
@@ -577,18 +569,29 @@ class BatchLoader:
         order = torch.arange(count)
         if self.shuffle:
             order = torch.randperm(count, generator=generator)
-        order = order.to(device)
+        share, batch_size = self._share()
+        order = order[share].to(device)
         if self.augment:
-            matrices = self.augment.draw(count, generator).to(device)
-        for start in range(0, count, self.batch_size):
-            batch = slice(start + self.rank, start + self.batch_size, self.world_size)
-            index = order[batch]
-            images = self.images[index]
-            if self.augment and len(images) > 0:  # affine_grid refuses an empty share
+            matrices = self.augment.draw(count, generator)[share].to(device)
+        for start in range(0, len(order), batch_size):
+            batch = slice(start, start + batch_size)
+            images, labels = self.images[order[batch]], self.targets[order[batch]]
+            if self.augment:
                 images = self.augment(images.float(), matrices[batch])
-            yield images.sub(255 * MEAN).div_(255 * STD), self.targets[index]
+            yield images.sub(255 * MEAN).div_(255 * STD), labels
         if self.epoch == epoch:  # else it was set meanwhile, or another pass was quicker
             self.epoch = epoch + 1
+
+    def _share(self):
+        """Return the positions in a pass that are this process's, and its batch size."""
+        count, world_size = len(self.images), _world_size()
+        if self.batch_size % world_size > 0:
+            raise ValueError(
+                f"expected a batch size that {world_size} processes divide, got {self.batch_size}"
+            )
+        if torch.is_grad_enabled():  # averaging gradients is right for shares of equal size alone
+            count -= count % world_size
+        return range(_rank(), count, world_size), self.batch_size // world_size
 
 
 def _tensors(dataset):
@@ -600,6 +603,11 @@ def _tensors(dataset):
         raise TypeError(
             "expected a dataset with .data and .targets, such as load_data returns, got "
             f"{type(dataset).__name__}; for others there is torch.utils.data.DataLoader"
+        )
+    if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
+        raise ValueError(
+            "BatchLoader does not apply the dataset's transform: leave it out (BatchLoader scales "
+            "and normalises, augment= distorts), or use torch.utils.data.DataLoader"
         )
     targets = torch.as_tensor(dataset.targets)
     if isinstance(dataset, datasets.QMNIST):

@@ -45,6 +45,17 @@ def test_each_convolution_passes_through_relu(monkeypatch):
     assert channels == [convolution.out_channels for convolution in convolutions]
 
 
+@pytest.mark.filterwarnings("ignore")  # what the tracer has to say
+def test_an_empty_batch_and_exported_forms_work():
+    net, images = Net().eval(), torch.randn(5, 1, 28, 28)
+    assert net(images[:0]).shape == (0, 10)
+    traced = torch.jit.trace(net, images[:2])
+    sizes = ({0: torch.export.Dim("N")},)
+    exported = torch.export.export(net, (images[:2],), dynamic_shapes=sizes).module()
+    for form in (traced, exported):
+        torch.testing.assert_close(form(images), net(images))
+
+
 @pytest.mark.parametrize(
     "shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (5, 1, 32, 32)]
 )

@@ -26,7 +26,7 @@ def test_predict_is_in_the_loaders_order(linear, samples):
     assert torch.equal(predictions, expected.argmax(dim=1))
     assert targets.tolist() == [label for _, label in samples]
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(250))
-    assert linear.training and not probabilities.requires_grad
+    assert not linear.training and not probabilities.requires_grad
 
 
 def test_predict_takes_logits_and_refuses_an_empty_loader(samples):
@@ -165,7 +165,7 @@ def test_prepared_has_mnists_form_and_is_what_the_model_sees(five):
     assert abs(y - 13.5) <= 0.6 and abs(x - 13.5) <= 0.6
     seen = (torch.from_numpy(prepared) / 255 - utils.MEAN) / utils.STD
     torch.testing.assert_close(model.images[0, 0], seen)
-    assert model.training
+    assert not model.training
     double = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double()
     assert predict_image(double, five)[1].dtype == torch.float64
 

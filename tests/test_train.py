@@ -1,5 +1,6 @@
 import copy
-import itertools
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,19 @@ CRITERIA = [F.nll_loss, F.cross_entropy, nn.CrossEntropyLoss(), nn.NLLLoss(reduc
 
 def sgd(model, lr=0.1):
     return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def run(function, model, loader, criterion, *lists, **options):
+    """Call `train`, at learning rate 0 so that the model stays as it is, or `test`."""
+    if function == "train":
+        return utils.train(model, "cpu", loader, sgd(model, lr=0.0), criterion, *lists, **options)
+    return utils.test(model, "cpu", loader, criterion, *lists, **options)
+
+
+both = pytest.mark.parametrize("function", ["train", "test"])
+
+
+# --- what comes out
 
 
 def naive(model, samples):
@@ -51,34 +65,22 @@ def test_call_forms(linear, samples, device):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("kind", ["uneven", "sampler", "subset", "drop_last", "generator"])
-@pytest.mark.parametrize("function", ["train", "test"])
+@pytest.mark.parametrize("kind", ["uneven", "sampler", "drop_last", "generator", "many"])
+@both
 def test_metrics_are_means_over_the_samples_seen(linear, samples, function, criterion, kind):
-    chosen = [samples[i] for i in range(70)]
+    count = 203 if kind == "many" else 70
+    chosen = Subset(samples, range(count))
     loader = {
-        "uneven": DataLoader(Subset(samples, range(70)), 32),
+        "uneven": DataLoader(chosen, 32),
         "sampler": DataLoader(samples, 32, sampler=SubsetRandomSampler(range(70))),
-        "subset": DataLoader(Subset(samples, range(70)), 70),
         "drop_last": DataLoader(Subset(samples, range(99)), 35, drop_last=True),
-        "generator": (batch for batch in DataLoader(Subset(samples, range(70)), 32)),
+        "generator": (batch for batch in DataLoader(chosen, 32)),
+        "many": DataLoader(chosen, 2),  # 102 batches
     }[kind]
-    if function == "train":  # at learning rate 0 the model stays as it is
-        loss, accuracy = utils.train(linear, "cpu", loader, sgd(linear, lr=0.0), criterion)
-    else:
-        loss, accuracy = utils.test(linear, "cpu", loader, criterion)
-    expected_loss, expected_accuracy = naive(linear, chosen)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    loss, accuracy = run(function, linear, loader, criterion)
+    expected_loss, expected_accuracy = naive(linear, [samples[i] for i in range(count)])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert accuracy == pytest.approx(expected_accuracy)
-
-
-def test_metrics_of_more_batches_than_are_read_at_once(linear, samples):
-    batches = 2 * utils.READ_EVERY
-    for size, count in ((1, batches), (2, batches), (2, batches + 3)):
-        chosen = Subset(samples, range(size * count))
-        loss, accuracy = utils.test(linear, "cpu", DataLoader(chosen, size), F.nll_loss)
-        expected_loss, expected_accuracy = naive(linear, chosen)
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert accuracy == pytest.approx(expected_accuracy)
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=120))
@@ -89,15 +91,29 @@ def test_metrics_do_not_depend_on_the_split_into_batches(sizes):
     labels = torch.randint(5, (sum(sizes),), generator=generator)
     batches = zip(outputs.split(sizes), labels.split(sizes), strict=True)
     loss, accuracy = utils.test(nn.Identity(), "cpu", batches, F.nll_loss, progress=False)
-    assert loss == pytest.approx(F.nll_loss(outputs, labels).item(), rel=1e-5)
+    assert loss == pytest.approx(F.nll_loss(outputs.double(), labels).item(), rel=1e-6)
     assert accuracy == 100 * utils.get_correct_pred_count(outputs, labels) / sum(sizes)
 
 
+@both
+def test_a_criterion_that_sums_says_so_in_an_attribute(linear, samples, function):
+    criterion = partial(F.nll_loss, reduction="sum")
+    criterion.reduction = "sum"
+    loss, _ = run(function, linear, DataLoader(samples, 100), criterion)
+    assert loss == pytest.approx(naive(linear, samples)[0], rel=1e-6)
+
+
+# --- the loop
+
+
 def test_train_is_the_textbook_loop(linear, samples):
-    loader, reference = DataLoader(samples, 100), copy.deepcopy(linear)
+    def shuffled():
+        return DataLoader(samples, 100, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    reference = copy.deepcopy(linear)
     optimizer = sgd(reference)
     losses, correct = [], 0
-    for data, target in loader:
+    for data, target in shuffled():
         optimizer.zero_grad()
         output = reference(data)
         loss = F.nll_loss(output, target)
@@ -105,11 +121,27 @@ def test_train_is_the_textbook_loop(linear, samples):
         optimizer.step()
         losses += [loss.item()] * len(target)
         correct += utils.get_correct_pred_count(output, target)
-    metrics = utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss)
+    metrics = utils.train(linear, "cpu", shuffled(), sgd(linear), F.nll_loss)
     assert metrics.loss == pytest.approx(sum(losses) / 250)
     assert metrics.accuracy == pytest.approx(100 * correct / 250)
     for ours, theirs in zip(linear.parameters(), reference.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class CountIterators(DataLoader):
+    iterators = 0
+
+    def __iter__(self):
+        self.iterators += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@both
+def test_a_pass_makes_one_iterator(linear, samples, function, progress):
+    loader = CountIterators(samples, 100)
+    run(function, linear, loader, F.nll_loss, progress=progress)
+    assert loader.iterators == 1
 
 
 def test_a_few_steps_overfit_one_batch(samples):
@@ -145,176 +177,132 @@ def test_scheduler_steps_once_per_batch(linear, samples):
     assert scheduler.get_last_lr() == [0.125]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_test_leaves_the_model_as_it_was(samples, training):
-    model = Net().train(training)
-    before = copy.deepcopy(model.state_dict())
-    utils.test(model, "cpu", DataLoader(samples, 100), F.nll_loss)
-    assert model.training is training and model.norm1.training is training
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError):
-        utils.test(model, "cpu", [], F.nll_loss)
-    assert model.training is training
-
-
-def test_test_restores_a_part_that_was_frozen(samples):
-    model = Net().train()
-    model.norm2.eval()
-    utils.test(model, "cpu", DataLoader(samples, 100), F.nll_loss)
-    assert model.training and model.norm1.training and not model.norm2.training
-
-
 def test_modes(samples):
     model, modes = Net().eval(), []
     model.register_forward_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
     loader = DataLoader(samples, 250)
     utils.train(model, "cpu", loader, sgd(model), F.nll_loss)
+    before = copy.deepcopy(model.state_dict())
     utils.test(model, "cpu", loader, F.nll_loss)
     assert modes == [(True, True), (False, False)]
+    assert not model.training and torch.is_grad_enabled()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, each time a wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@both
+def test_the_device_is_not_waited_for_in_each_step(linear, samples, function):
+    loader = list(DataLoader(samples, 2)) * 2  # 250 batches
+    with CountReads() as reads:
+        run(function, linear, loader, F.nll_loss)
+    assert 0 < reads.count <= len(loader) / 10
+
+
+# --- what is shown
+
+
+@both
+def test_the_progress_bar_stays_and_shows_the_result(linear, samples, function, capsys):
+    metrics = run(function, linear, DataLoader(samples, 2), F.nll_loss)
+    shown = capsys.readouterr().err
+    last = shown.rstrip().split("\r")[-1]
+    values = f"loss {metrics.loss:.4f}, accuracy {metrics.accuracy:.2f} %, "
+    for part in (f"{function}: 100%", "125/125", values, "images/s"):
+        assert part in last
+    assert len(set(re.findall(r"loss [\d.]+", shown))) == 3  # after 50 batches, 100 and the last
+    assert shown.endswith("\n")  # what is printed next leaves it alone
+    run(function, linear, (batch for batch in DataLoader(samples, 100)), F.nll_loss)
+    assert values in capsys.readouterr().err  # of a loader without a length, too
+    run(function, linear, DataLoader(samples, 2), F.nll_loss, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# --- what is refused
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("step", [1, 3, 50, 51, 57])
-def test_a_loss_that_is_not_finite_names_step_and_learning_rate(linear, samples, step, value):
-    def breaks_at_step():
-        steps = itertools.count(1)
-        added = (value if number >= step else 0.0 for number in steps)
-        return lambda output, target: F.nll_loss(output, target) + next(added)
+@pytest.mark.parametrize("batches", [20, 80])
+def test_a_loss_that_is_not_finite_stops_the_epoch(linear, samples, batches, value):
+    bad = torch.full((2, 1, 28, 28), value)
+    good = torch.zeros(2, 1, 28, 28)
+    labels, done = torch.zeros(2, dtype=torch.long), []
 
-    batches = list(DataLoader(samples, 4))  # 63
-    optimizer = sgd(linear, lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    def loader():
+        done.clear()
+        for step in range(1000):
+            if step == batches and batches == 20:
+                return
+            done.append(step)
+            yield (bad if step == 10 else good), labels
+
     lists = [], []
-    with pytest.raises(FloatingPointError) as error:
-        utils.train(
-            linear, "cpu", batches, optimizer, breaks_at_step(), *lists, scheduler=scheduler
-        )
-    assert f"became {value} in step {step} at learning rate {1 / step:g} " in str(error.value)
-    with pytest.raises(FloatingPointError, match=f"became {value} in step {step}$"):
-        utils.test(linear, "cpu", batches, breaks_at_step(), *lists)
+    optimizer = sgd(linear, lr=0.25)
+    with pytest.raises(FloatingPointError, match="loss is not finite.*learning rate is 0.25 "):
+        utils.train(linear, "cpu", loader(), optimizer, F.nll_loss, *lists)
+    assert len(done) <= 50
+    with pytest.raises(FloatingPointError, match="loss is not finite"):
+        utils.test(linear, "cpu", loader(), F.nll_loss, *lists)
     assert lists == ([], [])
 
 
-def test_a_learning_rate_in_a_tensor_is_named_as_it_was(linear, samples):
-    images, labels = next(iter(DataLoader(samples, 4)))
-    batches = [(images, labels)] * 2 + [(images * float("nan"), labels)] * 8
-    optimizer = sgd(linear, lr=torch.tensor(1.0))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    with pytest.raises(FloatingPointError, match="step 3 at learning rate 0.25 "):
-        utils.train(linear, "cpu", batches, optimizer, F.nll_loss, scheduler=scheduler)
+@both
+def test_an_empty_loader_is_refused(linear, function):
+    with pytest.raises(ValueError, match="loader is empty"):
+        run(function, linear, [], F.nll_loss)
 
 
-def test_empty_loader(linear):
-    for call in (
-        lambda: utils.train(linear, "cpu", [], sgd(linear), F.nll_loss),
-        lambda: utils.test(linear, "cpu", [], F.nll_loss),
-    ):
-        with pytest.raises(ValueError, match="loader is empty"):
-            call()
-
-
-def test_criterion_that_returns_a_vector(linear, samples):
-    loader, criterion = DataLoader(samples, 100), nn.CrossEntropyLoss(reduction="none")
-    for call in (
-        lambda: utils.train(linear, "cpu", loader, sgd(linear), criterion),
-        lambda: utils.test(linear, "cpu", loader, criterion),
-    ):
-        with pytest.raises(ValueError, match=r"one number.*\(100,\).*reduction"):
-            call()
+def test_what_is_no_list_is_refused_before_the_first_step(linear, samples):
+    optimizer = sgd(linear)
+    before = copy.deepcopy(linear.state_dict())
+    for wrong in (torch.optim.lr_scheduler.StepLR(optimizer, 1), 3):
+        with pytest.raises(TypeError, match=f"got {type(wrong).__name__}.*scheduler="):
+            utils.train(linear, "cpu", DataLoader(samples, 50), optimizer, F.nll_loss, wrong)
+    assert all(torch.equal(before[name], value) for name, value in linear.state_dict().items())
 
 
 IMAGES, LABELS = torch.zeros(4, 1, 28, 28), torch.arange(4)
 
 
-@pytest.mark.parametrize("function", ["train", "test"])
 @pytest.mark.parametrize(
-    "images, labels, message",
+    "images, labels, criterion, message",
     [
-        (IMAGES.byte(), LABELS, "float images.*uint8"),
-        (IMAGES, LABELS.float(), r"integer label for each of 4 images.*float32.*\(4,\)"),
-        (IMAGES, torch.eye(4, 10).long(), r"integer label.*int64 of shape \(4, 10\).*argmax"),
-        (IMAGES, LABELS[:3], r"each of 4 images.*\(3,\)"),
-        (IMAGES, LABELS + 7, "labels from 0 to 9, since the model tells 10 .*, got 7 to 10"),
-        (IMAGES, LABELS - 1, "labels from 0 to 9.*got -1 to 2"),
+        (IMAGES.byte(), LABELS, F.cross_entropy, "float images.*uint8"),
+        (IMAGES, torch.eye(4, 10), F.cross_entropy, r"float32 of shape \(4, 10\).*argmax"),
+        (IMAGES, torch.eye(4, 10).long(), nn.MSELoss(), r"int64 of shape \(4, 10\).*argmax"),
+        (IMAGES, LABELS[:, None].float(), nn.MSELoss(), r"float32 of shape \(4, 1\)"),
     ],
 )
-def test_batches_of_another_kind(linear, function, images, labels, message):
-    before = copy.deepcopy(linear.state_dict())
-    good = IMAGES, LABELS
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@both
+def test_batches_that_would_give_wrong_numbers_are_refused(
+    function, images, labels, criterion, message
+):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    model.register_forward_pre_hook(lambda _, args: args[0].float())  # takes bytes, too
     with pytest.raises(ValueError, match=message):
-        if function == "train":
-            utils.train(linear, "cpu", [(images, labels), good], sgd(linear), F.nll_loss)
-        else:
-            utils.test(linear, "cpu", [good, (images, labels)], F.nll_loss)
-    assert all(torch.equal(before[name], value) for name, value in linear.state_dict().items())
+        run(function, model, [(images, labels)], criterion)
+
+
+@pytest.mark.parametrize("model", [nn.Flatten(0), nn.Unflatten(1, (1, 1))])
+def test_an_output_of_another_shape_is_refused(model):
+    labels = torch.zeros(4, 1, 1, 28, 28)
+    with pytest.raises(ValueError, match=r"output of shape \(N, classes\).*got \("):
+        utils.test(model, "cpu", [(IMAGES, labels.reshape(model(IMAGES).shape))], nn.MSELoss())
 
 
 def test_images_without_their_channel_are_named():
     for call in (lambda model, images: model(images), lambda model, images: model(images[0])):
         with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\), got"):
             call(Net(), IMAGES.squeeze(1))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
-def test_any_integers_are_labels(linear, dtype):
-    expected = utils.test(linear, "cpu", [(IMAGES, LABELS)], F.nll_loss)
-    assert utils.test(linear, "cpu", [(IMAGES, LABELS.to(dtype))], F.nll_loss) == expected
-
-
-def test_model_on_another_device(linear, samples):
-    loader = DataLoader(samples, 100)
-    for call in (
-        lambda: utils.train(linear.to("meta"), "cpu", loader, sgd(linear), F.nll_loss),
-        lambda: utils.test(linear.to("meta"), "cpu", loader, F.nll_loss),
-    ):
-        with pytest.raises(ValueError, match=r"model is on meta.*go to cpu.*model.to\(device\)"):
-            call()
-
-
-def test_output_of_another_shape(samples):
-    loader = DataLoader(samples, 100)
-    for model in (nn.Identity(), nn.Flatten(0)):
-        with pytest.raises(ValueError, match=r"output has shape \(100, classes\), got"):
-            utils.test(model, "cpu", loader, F.nll_loss)
-
-
-class CountReads(TorchDispatchMode):
-    """Counts how often a number is read from a tensor, each time a wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_synchronisation_per_step(linear, samples, monkeypatch):
-    tolist, lists = torch.Tensor.tolist, itertools.count()
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (next(lists), tolist(tensor))[1])
-    loader = [batch for _ in range(2) for batch in DataLoader(samples, 2)]  # 250 batches
-    with CountReads() as reads:
-        utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss)
-        utils.test(linear, "cpu", loader, F.nll_loss)
-    looks = 2 * len(loader) / utils.READ_EVERY
-    assert looks == 10 and reads.count == looks and next(lists) == looks
-
-
-def test_progress_bar(linear, samples, capsys):
-    loader = DataLoader(samples, 100)
-    for name in ("train", "test"):
-        if name == "train":
-            metrics = utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss)
-        else:
-            metrics = utils.test(linear, "cpu", loader, F.nll_loss)
-        shown = capsys.readouterr().err
-        values = f"loss {metrics.loss:.4f}, accuracy {metrics.accuracy:.2f} %"
-        for part in (f"{name}: 100%", "3/3", values, "images/s"):
-            assert part in shown
-    utils.train(linear, "cpu", loader, sgd(linear), F.nll_loss, progress=False)
-    utils.test(linear, "cpu", loader, F.nll_loss, progress=False)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_test_is_not_collected_by_pytest():
