@@ -10,9 +10,7 @@ In short:
 """
 
 import contextlib
-import copy
 import errno
-import hashlib
 import io
 import math
 import operator
@@ -21,8 +19,8 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from numbers import Integral, Real
+import zipfile
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -63,9 +61,6 @@ RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives al
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
 }
-CURVES = ("train_losses", "train_acc", "test_losses", "test_acc")
-PARTS = ("model", "optimizer", "scheduler", "average")
-CHECKPOINT_KEYS = {"epoch", "hyperparameters", "kinds", "random", *CURVES, *PARTS}
 
 
 # --- set-up
@@ -1105,211 +1100,140 @@ def _plot_images(images, titles, title):
 # --- checkpoints
 
 
-def save_checkpoint(
-    path,
-    model,
-    optimizer,
-    train_losses,
-    train_acc,
-    test_losses,
-    test_acc,
-    *,
-    scheduler=None,
-    average=None,
-    hyperparameters=None,
-):
-    """Write all that a run needs in order to go on after a whole epoch as if it had never stopped.
+def save_checkpoint(path, epoch, hyperparameters, **state):
+    """Write what a run needs in order to go on after `epoch` as if it had never stopped.
 
-    The file is written beside `path`, flushed to disk and moved over it: whenever the machine dies,
-    `path` is the old checkpoint or the new one, whole. It ends with the SHA-256 of what precedes,
-    and holds tensors, numbers, strings, lists and dictionaries alone: `torch.load` reads it too.
+    The file is written beside `path`, flushed to disk and moved over it: whenever the machine
+    stops, `path` is the old checkpoint or the new one, whole. Of several processes, the first one
+    writes.
 
-    train_losses, train_acc, test_losses, test_acc: lists with a number for each epoch so far.
-    average: a weight average, such as `torch.optim.swa_utils.AveragedModel`.
-    hyperparameters: dictionary by which `load_checkpoint` tells this run from another.
+    epoch: number of completed epochs.
+    hyperparameters: a dictionary, by which `resume` tells this run from another.
+    state: by name, the model, the optimizer and whatever else has a `state_dict()`, and lists.
 
-    Raises TypeError for a state that holds anything else, ValueError for lists of unequal length
-    and OSError where the file cannot be written; the previous one is then untouched.
+    Raises ValueError where a part could not be read back: what is saved may consist of tensors,
+    numbers, strings, lists, tuples and dictionaries; and OSError where the file cannot be written.
+    The previous checkpoint is then untouched.
     """
+    if _rank() > 0:
+        return
     path = Path(path)
-    curves = train_losses, train_acc, test_losses, test_acc
-    lengths = [len(values) for values in curves]
-    if len(set(lengths)) != 1:
-        raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
-    parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
-    kinds = {name: type(part).__name__ for name, part in parts.items()}
-    kind, numbers, *more = np.random.get_state()
-    random_states = {
-        "python": random.getstate(),
-        "numpy": (kind, numbers.tolist(), *more),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
     checkpoint = {
-        "epoch": lengths[0],
-        **dict(zip(CURVES, curves, strict=True)),
-        **{name: None if part is None else part.state_dict() for name, part in parts.items()},
-        "kinds": kinds,
-        "random": random_states,
-        "hyperparameters": hyperparameters or {},
+        "epoch": epoch,
+        "hyperparameters": hyperparameters,
+        "types": _types(state),
+        "random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
+    for name, part in state.items():
+        checkpoint[name] = part if isinstance(part, list) else part.state_dict()
     buffer = io.BytesIO()
-    torch.save({key: _plain(value, key) for key, value in checkpoint.items()}, buffer)
-    content = buffer.getvalue()
+    torch.save(checkpoint, buffer)
+    _read_checkpoint(buffer, path)  # refused now, rather than when it is needed
     unfinished = path.with_name(f"{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
-            file.write(content + hashlib.sha256(content).digest())
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException as error:
+    except OSError as error:
+        message = f"could not write the checkpoint ({error.strerror})"
+        raise OSError(error.errno, message, str(path)) from error
+    finally:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno, f"could not write the checkpoint ({error.strerror})", str(path)
-            ) from error
-        raise
+            unfinished.unlink(missing_ok=True)
 
 
-def load_checkpoint(
-    path,
-    model=None,
-    optimizer=None,
-    train_losses=None,
-    train_acc=None,
-    test_losses=None,
-    test_acc=None,
-    *,
-    scheduler=None,
-    average=None,
-    hyperparameters=None,
-):
-    """Read a checkpoint, restore what is given from it, and return it as a dictionary.
+def load_checkpoint(path):
+    """Return a checkpoint as a dictionary, with its tensors on the CPU. No code in it is run.
 
-    The dictionary has the keys epoch, train_losses, train_acc, test_losses, test_acc, model,
-    optimizer, scheduler, average, kinds, random and hyperparameters; its tensors are on the CPU.
+    Its keys are epoch, hyperparameters, types, random_state, cuda_random_state and the names that
+    `save_checkpoint` was given.
 
-    model, optimizer, scheduler, average: get the state saved for them, with the settings that it
-        holds. With an optimizer, training goes on: every part that was saved must then be given,
-        and the global random states are restored too; a `BatchLoader` goes on where its `epoch`
-        is set to the checkpoint's.
-    train_losses, train_acc, test_losses, test_acc: lists whose content is replaced.
-    hyperparameters: dictionary to compare with the one saved.
+    Raises FileNotFoundError where there is no file and ValueError where it is damaged or something
+    else than a checkpoint.
+    """
+    return _read_checkpoint(io.BytesIO(Path(path).read_bytes()), path)
 
-    Raises FileNotFoundError where there is no file, and ValueError where it is damaged or another
-    kind of file, or where it does not fit: other hyperparameters, another kind of optimizer or
-    scheduler, other names, shapes or dtypes in a model. Nothing is restored then.
+
+def resume(path, hyperparameters, **state):
+    """Restore a run from its checkpoint and return the epoch to go on with, 1 for a new run.
+
+    Where there is no checkpoint, the run is new, and its state is saved as that after epoch 0: so
+    even a run that is stopped in its first epoch can go on. Of several processes, all call this,
+    and all get what the first one reads.
+
+    path, hyperparameters, state: as for `save_checkpoint`; lists are filled in place.
+
+    Raises ValueError where the checkpoint is damaged, or belongs to a run with other
+    hyperparameters or with another type of model, optimizer and so on. Nothing is changed then.
     """
     path = Path(path)
-    data = path.read_bytes()
-    content, digest = data[:-32], data[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise ValueError(
-            f"'{path}' is damaged, or not a checkpoint that save_checkpoint wrote: go back to an "
-            "earlier one, or move it away and start anew"
-        )
-    try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        keys = set(checkpoint)
-    except Exception as error:
-        raise ValueError(
-            f"'{path}' was not read: it holds more than tensors, numbers, strings, lists and "
-            f"dictionaries, or comes from another version of PyTorch ({error!r:.200})"
-        ) from error
-    if keys != CHECKPOINT_KEYS:
-        raise ValueError(
-            f"'{path}' comes from another version of save_checkpoint: only one of the two knows "
-            f"{', '.join(sorted(map(str, keys ^ CHECKPOINT_KEYS)))}"
-        )
-
-    different = []
-    if hyperparameters is not None:
-        here = _plain(hyperparameters, "hyperparameters")
-        different += _differences(checkpoint["hyperparameters"], here)
-    parts = dict(zip(PARTS, (model, optimizer, scheduler, average), strict=True))
-    for name, part in parts.items():
-        if part is not None or optimizer is not None:
-            there = _describe(name, checkpoint[name], checkpoint["kinds"][name])
-            state = None if part is None else part.state_dict()
-            different += _differences(there, _describe(name, state, type(part).__name__))
-    if different:
-        more = f", and {len(different) - 8} more" if len(different) > 8 else ""
-        raise ValueError(
-            f"'{path}' is another run's: {', '.join(different[:8])}{more}; set that back, or move "
-            "the file away to start anew"
-        )
-    given = {name: part for name, part in parts.items() if part is not None}
-    before = {name: copy.deepcopy(part.state_dict()) for name, part in given.items()}
-    try:
-        for name, part in given.items():
-            state = part.state_dict()  # a module's has its version beside the tensors
-            state.update(copy.deepcopy(checkpoint[name]))  # optimizers keep what they get
-            part.load_state_dict(state)
-    except Exception as error:
-        for name, part in given.items():
-            part.load_state_dict(before[name])
-        raise ValueError(f"'{path}' does not fit the {name} given: {error}") from error
-    curves = train_losses, train_acc, test_losses, test_acc
-    for name, values in zip(CURVES, curves, strict=True):
-        if values is not None:
-            values[:] = checkpoint[name]
-    if optimizer is not None:
-        random.setstate(checkpoint["random"]["python"])
-        np.random.set_state(checkpoint["random"]["numpy"])
-        torch.set_rng_state(checkpoint["random"]["torch"])
-        if torch.cuda.is_available() and checkpoint["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
-    return checkpoint
-
-
-def _describe(name, state, kind):
-    """Return what the state of a model, optimizer or scheduler has to fit, by name."""
-    if state is None:
-        return {}
-    if name == "optimizer":
-        groups = [len(group["params"]) for group in state["param_groups"]]
-        return {"the optimizer": kind, "the optimizer's number of parameters": groups}
-    if name == "scheduler":
-        return {"the scheduler": kind, "the scheduler's total_steps": state.get("total_steps")}
-    return {
-        f"{name}.{key}": f"{tuple(value.shape)} {value.dtype}"
-        if isinstance(value, torch.Tensor)
-        else "no tensor"
-        for key, value in state.items()
-    }
-
-
-def _differences(there, here):
-    return [
-        f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
-        for key in there | here
-        if key not in there or key not in here or repr(there[key]) != repr(here[key])
+    if _rank() == 0 and not path.exists():
+        save_checkpoint(path, 0, hyperparameters, **state)
+        print(f"There is no {path} yet: training starts with epoch 1")
+    checkpoint = _from_first(load_checkpoint(path) if _rank() == 0 else None)
+    saved = checkpoint["hyperparameters"] | checkpoint["types"]
+    given = hyperparameters | _types(state)
+    changes = [
+        f"{name} was {saved.get(name, 'absent')} and is now {given.get(name, 'absent')}"
+        for name in saved | given
+        if saved.get(name, "absent") != given.get(name, "absent")
     ]
+    if changes:
+        raise ValueError(
+            f"'{path}' holds a run with other parameters: {', '.join(changes)}. Set them back to "
+            "go on with that run. Or start a new one with RESUME = False; it can start from the "
+            f"old one's weights: model.load_state_dict(load_checkpoint('{path}.bak')['model'])"
+        )
+    for name, part in state.items():
+        if isinstance(part, list):
+            part[:] = checkpoint[name]
+        else:
+            part.load_state_dict(checkpoint[name])
+    torch.set_rng_state(checkpoint["random_state"])
+    if torch.cuda.is_available() and checkpoint["cuda_random_state"] is not None:
+        torch.cuda.set_rng_state(checkpoint["cuda_random_state"])
+    if checkpoint["epoch"] > 0:
+        print(f"Going on after epoch {checkpoint['epoch']}, from {path}")
+    return checkpoint["epoch"] + 1
 
 
-def _plain(value, where):
-    """Copy a state to the CPU as what `torch.load` reads without running code."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, (str, int)) for key in value):
-            raise TypeError(f"the keys of {where} must be strings or integers: {list(value)}")
-        return {
-            str(key) if isinstance(key, str) else int(key): _plain(each, f"{where}.{key}")
-            for key, each in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        kind = tuple if isinstance(value, tuple) else list
-        return kind(_plain(each, where) for each in value)
-    if value is None:
-        return None
-    for kind, plain in ((str, str), ((bool, np.bool_), bool), (Integral, int), (Real, float)):
-        if isinstance(value, kind):  # or what is derived from it, such as NumPy's
-            return plain(value)
-    raise TypeError(
-        "a checkpoint holds tensors, numbers, strings, lists and dictionaries, but "
-        f"{where} is of type {type(value).__name__}"
-    )
+def back_up_checkpoint(path):
+    """Make room for a new run: move the checkpoint of an earlier one to `path`.bak.
+
+    One after epoch 0 is deleted instead, lest it replace a backup that was trained.
+    """
+    path = Path(path)
+    if _rank() > 0 or not path.exists():
+        return
+    with contextlib.suppress(ValueError):  # a damaged one is moved, too
+        if load_checkpoint(path)["epoch"] == 0:
+            path.unlink()
+            return
+    path.replace(f"{path}.bak")
+    print(f"The checkpoint of the run before is now {path}.bak")
+
+
+def _read_checkpoint(file, path):
+    try:
+        damaged = zipfile.ZipFile(file).testzip()  # compares CRC32s, which torch.load does not
+        if damaged is not None:
+            raise ValueError(f"wrong checksum: {damaged}")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not {"epoch", "hyperparameters", "types", "random_state"} <= set(checkpoint):
+            raise ValueError("some of a checkpoint's keys are missing")
+        return checkpoint
+    except Exception as error:  # damage makes zipfile and torch.load raise errors of many types
+        raise ValueError(
+            f"'{path}' cannot be read: it is damaged, or holds something else than a checkpoint of "
+            "tensors, numbers, strings, lists and dictionaries. Go back to an earlier one, or "
+            "start a new run with RESUME = False"
+        ) from error
+
+
+def _types(state):
+    return {name: type(part).__name__ for name, part in state.items()}

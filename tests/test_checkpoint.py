@@ -1,12 +1,11 @@
 """Checkpoints: whole, safe, and bit-exact to resume from.
 
-The long forms: KILLS=50 FUZZ=1000 pytest -s -k "killed_runs or fuzzed"
+The long forms: KILLS=50 FUZZ=1000 pytest -n 0 -s -k "killed_runs or fuzzed"
 """
 
 import contextlib
 import copy
 import errno
-import hashlib
 import io
 import itertools
 import multiprocessing
@@ -18,7 +17,6 @@ import signal
 import time
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -26,70 +24,80 @@ import torch.nn.functional as F
 from conftest import damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.optim.swa_utils import AveragedModel
 
 import utils
-from utils import BatchLoader, RandomAffine, load_checkpoint, save_checkpoint
+from utils import BatchLoader, RandomAffine, load_checkpoint, resume, save_checkpoint
 
 EPOCHS = 4
 
 
 class Run:
-    """A training in small: 200 digits, a network with dropout and batch norm, a weight average."""
+    """A training in small: 200 digits, a network with dropout and batch norm."""
 
-    def __init__(self, path, seed=0, width=8, epochs=EPOCHS):
+    def __init__(self, path, seed=0, width=8, epochs=EPOCHS, optimizer=torch.optim.AdamW):
         utils.set_seed(seed)
-        self.drawn = []
         train_data, test_data = utils.load_data("digits")
-        train_data, test_data = (
-            torch.utils.data.Subset(data, range(200)) for data in (train_data, test_data)
-        )
+        train_data = torch.utils.data.Subset(train_data, range(200))
         augment = RandomAffine(10)
         self.path = path
         self.epochs = epochs
         self.loader = BatchLoader(train_data, 50, shuffle=True, augment=augment, seed=seed)
         self.test_loader = BatchLoader(test_data, 100)
         self.model = nn.Sequential(
-            *(nn.Conv2d(1, width, 5, stride=3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten()),
-            *(nn.Dropout(0.2), nn.Linear(64 * width, 10)),
+            nn.Conv2d(1, width, 5, stride=3),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(64 * width, 10),
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.curves = [], [], [], []
-        self.more = {
-            "scheduler": torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, 0.01, total_steps=epochs * len(self.loader)
-            ),
-            "average": AveragedModel(self.model),
-            "hyperparameters": {"EPOCHS": epochs, "SEED": seed},
-        }
-
-    def load(self):
-        load_checkpoint(self.path, self.model, self.optimizer, *self.curves, **self.more)
-
-    def save(self):
-        save_checkpoint(self.path, self.model, self.optimizer, *self.curves, **self.more)
-
-    def go(self, until=None):
-        train_losses, train_acc, test_losses, test_acc = self.curves
-        self.loader.epoch = len(train_losses)
-        for _ in range(len(train_losses), until or self.epochs):
-            utils.train(
-                *(self.model, "cpu", self.loader, self.optimizer, F.cross_entropy),
-                *(train_losses, train_acc),
-                scheduler=self.more["scheduler"],
-                progress=False,
-            )
-            self.more["average"].update_parameters(self.model)
-            self.drawn = [random.random(), np.random.rand()]
-            utils.test(
-                *(self.model, "cpu", self.test_loader, F.cross_entropy, test_losses, test_acc),
-                progress=False,
-            )
-            self.save()
+        self.optimizer = optimizer(self.model.parameters(), lr=0.01)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, 0.01, total_steps=epochs * len(self.loader)
+        )
+        self.hyperparameters = {"EPOCHS": epochs, "SEED": seed, "sizes": (width, [0.5])}
+        self.losses, self.accuracies = [], []
 
     def state(self):
-        parts = self.model, self.optimizer, self.more["scheduler"], self.more["average"]
-        return copy.deepcopy(([part.state_dict() for part in parts], self.curves, self.drawn))
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "losses": self.losses,
+            "accuracies": self.accuracies,
+        }
+
+    def parts(self):
+        """The content of the state, copied."""
+        parts = self.model, self.optimizer, self.scheduler
+        states = [part.state_dict() for part in parts]
+        return copy.deepcopy([*states, self.losses, self.accuracies])
+
+    def resume(self):
+        return resume(self.path, self.hyperparameters, **self.state())
+
+    def save(self, epoch):
+        save_checkpoint(self.path, epoch, self.hyperparameters, **self.state())
+
+    def go(self, until=None, stop=lambda epoch: None):
+        for epoch in range(self.resume(), (until or self.epochs) + 1):
+            self.loader.epoch = epoch - 1
+            utils.train(
+                self.model,
+                "cpu",
+                self.loader,
+                self.optimizer,
+                F.cross_entropy,
+                self.losses,
+                scheduler=self.scheduler,
+                progress=False,
+            )
+            stop(epoch)
+            tested = utils.test(
+                self.model, "cpu", self.test_loader, F.cross_entropy, progress=False
+            )
+            self.accuracies.append(tested.accuracy)
+            self.save(epoch)
 
 
 def equal(one, other):
@@ -105,52 +113,51 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that went through, and the state in which it ended."""
+    """A run that went through."""
     run = Run(tmp_path_factory.mktemp("finished") / "checkpoint.pt")
     run.go()
     return run
 
 
-# --- saving and loading
+# --- saving and resuming
 
 
-def test_resumed_run_ends_bit_for_bit_like_one_that_ran_through(tmp_path, finished):
-    first = Run(tmp_path / "checkpoint.pt")
-    first.go(until=2)
-    second = Run(tmp_path / "checkpoint.pt")
-    torch.rand(3), random.random(), np.random.rand()  # whatever happens in between
-    second.load()
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_ran_through(tmp_path, finished, capsys):
+    path = tmp_path / "new" / "folder" / "checkpoint.pt"
+    Run(path).go(until=2)
+    second = Run(path)
+    torch.rand(3)  # whatever happens in between
     second.go()
-    assert equal(second.state(), finished.state())
-    assert len(second.curves[0]) == EPOCHS
+    assert equal(second.parts(), finished.parts()) and len(second.losses) == EPOCHS
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"There is no {path} yet: training starts with epoch 1\n"
+        f"Going on after epoch 2, from {path}\n"
+    )
 
 
-def test_checkpoint_returns_what_was_saved(finished):
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_stopped_run_goes_on_in_the_same_process(tmp_path, finished, epoch):
+    def stop(now):
+        if now == epoch:
+            raise KeyboardInterrupt
+
+    run = Run(tmp_path / "checkpoint.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run.go(stop=stop)
+    assert len(run.losses) == epoch  # of which the last has no accuracy
+    run.go()
+    assert equal(run.parts(), finished.parts())
+
+
+def test_a_checkpoint_can_be_read_by_itself(finished):
     checkpoint = load_checkpoint(finished.path)
     assert checkpoint["epoch"] == EPOCHS
-    assert checkpoint["hyperparameters"] == {"EPOCHS": EPOCHS, "SEED": 0}
-    for name, values in zip(utils.CURVES, finished.curves, strict=True):
-        assert checkpoint[name] == values
-    assert equal(checkpoint["model"], dict(finished.model.state_dict()))
+    assert checkpoint["hyperparameters"] == {"EPOCHS": 4, "SEED": 0, "sizes": (8, [0.5])}
+    assert equal(checkpoint["losses"], finished.losses)
+    assert equal(checkpoint["model"], finished.model.state_dict())
     assert torch.load(finished.path, weights_only=True).keys() == checkpoint.keys()
     assert [path.name for path in finished.path.parent.iterdir()] == ["checkpoint.pt"]
-
-
-def test_reading_changes_nothing_and_what_is_returned_stays(finished):
-    utils.set_seed(5)
-    state = torch.get_rng_state()
-    load_checkpoint(finished.path)
-    load_checkpoint(finished.path, finished.model)
-    assert torch.equal(torch.get_rng_state(), state)
-
-    run = Run(finished.path)
-    checkpoint = load_checkpoint(run.path, run.model, run.optimizer, *run.curves, **run.more)
-    before = copy.deepcopy(checkpoint)
-    run.optimizer.zero_grad()
-    run.model(torch.randn(4, 1, 28, 28)).sum().backward()
-    run.optimizer.step()
-    run.curves[0].append(0.0)
-    assert equal(checkpoint, before)
 
 
 PLAIN = st.recursive(
@@ -166,173 +173,126 @@ PLAIN = st.recursive(
 
 @given(
     hyperparameters=st.dictionaries(st.text(max_size=5), PLAIN, max_size=4),
-    curves=st.lists(st.tuples(*[st.floats(allow_nan=False)] * 4), max_size=5),
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    losses=st.lists(st.floats(allow_nan=False), max_size=5),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
-@settings(max_examples=50, deadline=None)
-def test_any_state_comes_back(tmp_path_factory, hyperparameters, curves, shape, dtype):
+@settings(max_examples=30, deadline=None)
+def test_any_state_comes_back(tmp_path_factory, hyperparameters, losses, dtype):
     path = tmp_path_factory.mktemp("any") / "checkpoint.pt"
-    model = nn.Linear(*shape).to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    lists = [list(values) for values in zip(*curves, strict=True)] or [[], [], [], []]
-    model(torch.ones(2, shape[0], dtype=dtype)).sum().backward()
-    optimizer.step()
-    save_checkpoint(path, model, optimizer, *lists, hyperparameters=hyperparameters)
-    other = nn.Linear(*shape).to(dtype)
-    empty = [], [], [], []
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
-    checkpoint = load_checkpoint(
-        path, other, optimizer, *empty, hyperparameters=copy.deepcopy(hyperparameters)
+    model, other = (nn.Linear(3, 2).to(dtype) for _ in range(2))
+    optimizer, other_optimizer = (
+        torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, other)
     )
-    assert equal(checkpoint["hyperparameters"], hyperparameters)
-    assert equal(dict(other.state_dict()), dict(model.state_dict()))
-    assert equal(optimizer.state_dict()["state"], checkpoint["optimizer"]["state"])
-    assert len(checkpoint["optimizer"]["state"]) == 2
-    assert equal(list(empty), lists)
+    model(torch.ones(2, 3, dtype=dtype)).sum().backward()
+    optimizer.step()
+    save_checkpoint(path, 7, hyperparameters, model=model, optimizer=optimizer, losses=losses)
+    back = []
+    same = copy.deepcopy(hyperparameters)
+    assert resume(path, same, model=other, optimizer=other_optimizer, losses=back) == 8
+    assert equal(load_checkpoint(path)["hyperparameters"], hyperparameters)
+    assert equal(other.state_dict(), model.state_dict())
+    assert equal(other_optimizer.state_dict(), optimizer.state_dict())
+    assert equal(back, losses)
 
 
-def test_what_is_derived_from_numbers_and_strings_becomes_plain(tmp_path, linear):
-    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
-    curves = [[np.float64(1.5)]] * 4
-    special = {"EPOCHS": np.int64(3), "torch": torch.__version__, "fast": np.bool_(True)}
-    path = tmp_path / "new" / "folder" / "checkpoint.pt"
-    save_checkpoint(path, linear, optimizer, *curves, hyperparameters=special)
-    plain = {"EPOCHS": 3, "torch": str(torch.__version__), "fast": True}
-    checkpoint = load_checkpoint(path, hyperparameters=special)
-    assert equal(checkpoint["hyperparameters"], plain) and equal(checkpoint["train_acc"], [1.5])
-
-
-def test_what_cannot_be_saved_is_named_and_the_old_checkpoint_stays(tmp_path, finished):
+def test_what_cannot_be_read_back_is_refused_and_the_old_checkpoint_stays(tmp_path):
     run = Run(tmp_path / "checkpoint.pt")
-    run.save()
+    run.resume()
     before = run.path.read_bytes()
-    run.more["hyperparameters"]["augment"] = RandomAffine(10)
-    with pytest.raises(TypeError, match="hyperparameters.augment is of type RandomAffine"):
-        run.save()
-    run.more["hyperparameters"]["augment"] = {1.5: 2}
-    with pytest.raises(TypeError, match="keys of hyperparameters.augment must be strings"):
-        run.save()
-    del run.more["hyperparameters"]["augment"]
-    run.curves[0].append(0.5)
-    with pytest.raises(ValueError, match=r"one length.*\[1, 0, 0, 0\]"):
-        run.save()
+    run.hyperparameters["augment"] = RandomAffine(10)
+    with pytest.raises(ValueError, match="checkpoint.pt' cannot be read") as error:
+        run.save(1)
+    assert "RandomAffine" in str(error.value.__cause__)
     assert run.path.read_bytes() == before
+
+
+def test_a_backup_is_made_of_what_was_trained(tmp_path):
+    path, backup = tmp_path / "it.pt", tmp_path / "it.pt.bak"
+    utils.back_up_checkpoint(path)  # nothing is there
+    for epoch in (3, 0):
+        save_checkpoint(path, epoch, {}, losses=[])
+        utils.back_up_checkpoint(path)
+        assert not path.exists() and load_checkpoint(backup)["epoch"] == 3
+    path.write_bytes(b"damaged")
+    utils.back_up_checkpoint(path)
+    assert not path.exists() and backup.read_bytes() == b"damaged"
 
 
 # --- what does not fit
 
 
-def change_optimizer(run):
-    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-
-
-def change_groups(run):
-    one, two, *more = run.model.parameters()
-    run.optimizer = torch.optim.AdamW([{"params": [one, two]}, {"params": more}])
-
-
 @pytest.mark.parametrize(
-    "change, message",
+    "options, message",
     [
-        (lambda run: run.more["hyperparameters"].update(EPOCHS=9), "EPOCHS is 4 there and 9 here"),
-        (lambda run: run.more["hyperparameters"].update(DEPTH=2), "DEPTH is absent there and 2"),
-        (lambda run: run.more["hyperparameters"].pop("SEED"), "SEED is 0 there and absent here"),
-        (lambda run: run.more["hyperparameters"].update(x=None), "x is absent there and None"),
-        (lambda run: run.model.pop(1), "model.1.weight is .* there and absent here"),
-        (lambda run: run.model.append(nn.Linear(10, 3)), "model.6.weight is absent there"),
-        (
-            lambda run: run.model.double(),
-            r"model.0.bias is \(8,\) torch.float32 there and \(8,\) t",
-        ),
-        (lambda run: run.more.pop("scheduler"), "scheduler is OneCycleLR there and absent here"),
-        (lambda run: run.more["scheduler"].__dict__.update(total_steps=9), "total_steps is 16"),
-        (lambda run: run.more.pop("average"), "average.n_averaged"),
-        (change_optimizer, "optimizer is AdamW there and SGD here"),
-        (change_groups, r"number of parameters is \[6\] there and \[2, 4\] here"),
+        ({"epochs": 9}, "EPOCHS was 4 and is now 9"),
+        ({"seed": 1}, "SEED was 0 and is now 1"),
+        ({"width": 6}, r"sizes was \(8, \[0.5\]\) and is now \(6, "),
+        ({"optimizer": torch.optim.SGD}, "optimizer was AdamW and is now SGD"),
     ],
 )
-def test_another_run_is_refused_and_nothing_half_loaded(finished, change, message):
-    run = Run(finished.path)
-    change(run)
-    parts = [run.model, run.optimizer, run.more.get("scheduler"), run.more.get("average")]
-    parts = [part for part in parts if part]
-    before = copy.deepcopy([part.state_dict() for part in parts])
-    random_state = torch.get_rng_state()
+def test_another_run_is_refused_and_nothing_is_restored(finished, options, message):
+    run = Run(finished.path, **options)
+    before, random_state = run.parts(), torch.get_rng_state()
     with pytest.raises(ValueError, match=message) as error:
-        run.load()
-    assert str(finished.path) in str(error.value)
-    assert equal([part.state_dict() for part in parts], before)
-    assert run.curves == ([], [], [], [])
+        run.resume()
+    assert str(finished.path) in str(error.value) and "RESUME = False" in str(error.value)
+    assert equal(run.parts(), before)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_other_shapes_are_named(finished):
-    with pytest.raises(ValueError, match=r"model.0.weight is \(8, 1, 5, 5\) .* there and \(6, 1"):
-        load_checkpoint(finished.path, Run(finished.path, width=6).model)
+def test_a_part_more_or_less_is_named(finished):
+    run = Run(finished.path)
+    run.hyperparameters["DEPTH"] = None
+    state = run.state()
+    del state["scheduler"]
+    with pytest.raises(ValueError) as error:
+        resume(run.path, run.hyperparameters, **state)
+    for part in ("DEPTH was absent and is now None", "scheduler was OneCycleLR and is now absent"):
+        assert part in str(error.value)
 
 
-def test_a_model_that_reads_its_version_comes_back(tmp_path):
-    class Versioned(nn.Linear):
-        _version = 2
-
-        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-            assert local_metadata["version"] == 2
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    model, other = Versioned(3, 2), Versioned(3, 2)
-    save_checkpoint(tmp_path / "it.pt", model, None, [], [], [], [])
-    load_checkpoint(tmp_path / "it.pt", other)
-    assert torch.equal(model.weight, other.weight)
-
-
-def test_what_fails_while_it_is_restored_is_taken_back(tmp_path, linear):
-    def make(parts):
-        model = copy.deepcopy(linear)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(parts)]
-        milestones = list(range(1, parts))
-        return (
-            *(model, optimizer),
-            torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones),
-        )
-
-    model, optimizer, scheduler = make(3)
-    nn.init.zeros_(model[1].weight)
-    save_checkpoint(tmp_path / "it.pt", model, optimizer, [], [], [], [], scheduler=scheduler)
-    model, optimizer, scheduler = make(2)
-    with pytest.raises(ValueError, match="it.pt' does not fit the scheduler given"):
-        load_checkpoint(tmp_path / "it.pt", model, optimizer, scheduler=scheduler)
-    assert torch.equal(model[1].weight, linear[1].weight)
+def test_a_new_run_starts_from_the_weights_as_the_message_says(finished):
+    run = Run(finished.path, epochs=9)
+    with pytest.raises(ValueError) as error:
+        run.resume()
+    command = str(error.value).split("weights: ")[1].replace(".bak", "")
+    exec(command, {"model": run.model, "load_checkpoint": load_checkpoint})
+    assert equal(run.model.state_dict(), finished.model.state_dict())
 
 
 # --- files that are not what they should be
 
 
-def test_absent_file_is_named(tmp_path):
+def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.pt"):
         load_checkpoint(tmp_path / "missing.pt")
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "weights", "half"])
+@pytest.mark.parametrize("kind", ["empty", "text", "weights", "list", "half"])
 def test_files_of_another_kind_are_refused(tmp_path, finished, kind):
     path = tmp_path / "checkpoint.pt"
     content = finished.path.read_bytes()
     path.write_bytes({"text": b"epoch 3", "half": content[: len(content) // 2]}.get(kind, b""))
-    if kind == "weights":
-        torch.save(finished.model.state_dict(), path)
-    with pytest.raises(ValueError, match="checkpoint.pt' is damaged, or not a checkpoint"):
+    if kind in ("weights", "list"):
+        torch.save(finished.model.state_dict() if kind == "weights" else [1, 2], path)
+    with pytest.raises(ValueError, match="checkpoint.pt' cannot be read: it is damaged"):
         load_checkpoint(path)
 
 
-def test_fuzzed_checkpoint_is_refused(tmp_path, finished):
-    """Bytes flipped, cut out or put in: each time it is our error."""
-    content = finished.path.read_bytes()
-    path, generator = tmp_path / "checkpoint.pt", random.Random(0)
+def test_fuzzed_checkpoint_is_refused_or_the_same(tmp_path, finished):
+    """Bytes flipped, cut out or put in: each time it is our error, or nothing was lost."""
+    content, whole = finished.path.read_bytes(), load_checkpoint(finished.path)
+    path, generator, outcomes = tmp_path / "checkpoint.pt", random.Random(0), Counter()
     for _ in range(int(os.environ.get("FUZZ", 100))):
         path.write_bytes(damage(content, generator))
-        with pytest.raises(ValueError, match="is damaged"):
-            load_checkpoint(path)
+        try:
+            assert equal(load_checkpoint(path), whole)
+            outcomes["the same"] += 1
+        except ValueError as error:
+            assert f"'{path}'" in str(error)
+            outcomes["refused"] += 1
+    print(f"damaged checkpoints: {dict(outcomes)}")
+    assert outcomes["refused"] > 0.9 * outcomes.total()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -340,21 +300,20 @@ def test_fuzzed_checkpoint_is_refused(tmp_path, finished):
 def test_other_device(tmp_path, samples, here, there):
     def make(device):
         model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).to(device)
-        return model, torch.optim.AdamW(model.parameters(), fused=True)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), fused=True)}
 
     def step(device, model, optimizer):
         loader = torch.utils.data.DataLoader(samples, 250)
         utils.train(model, device, loader, optimizer, F.cross_entropy, progress=False)
 
-    model, optimizer = make(here)
-    step(here, model, optimizer)
-    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, [], [], [], [])
-    other, other_optimizer = make(there)
-    load_checkpoint(tmp_path / "checkpoint.pt", other, other_optimizer)
-    step(here, model, optimizer)
-    step(there, other, other_optimizer)
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one.cpu(), two.cpu(), atol=1e-5, rtol=1e-4)
+    one, other = make(here), make(there)
+    step(here, **one)
+    save_checkpoint(tmp_path / "checkpoint.pt", 1, {}, **one)
+    resume(tmp_path / "checkpoint.pt", {}, **other)
+    step(here, **one)
+    step(there, **other)
+    for ours, theirs in zip(one["model"].parameters(), other["model"].parameters(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), atol=1e-5, rtol=1e-4)
 
 
 class Evil:
@@ -366,15 +325,16 @@ class Evil:
 
 
 @pytest.mark.parametrize("save, load", [(pickle.dump, pickle.load), (torch.save, torch.load)])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, save, load):
-    path, mark, buffer = tmp_path / "checkpoint.pt", tmp_path / "executed", io.BytesIO()
-    save(dict.fromkeys(utils.CHECKPOINT_KEYS, Evil(mark)), buffer)
-    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-    with pytest.raises(ValueError, match="checkpoint.pt' was not read"):
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_does_not_run(tmp_path, finished, save, load):
+    path, mark = tmp_path / "checkpoint.pt", tmp_path / "executed"
+    with path.open("wb") as file:
+        save({**load_checkpoint(finished.path), "model": Evil(mark)}, file)
+    with pytest.raises(ValueError, match="checkpoint.pt' "):
         load_checkpoint(path)
     assert not mark.exists()
-    buffer.seek(0)
-    load(buffer, **({"weights_only": False} if load is torch.load else {}))
+    with path.open("rb") as file:
+        load(file, **({"weights_only": False} if load is torch.load else {}))
     assert mark.exists()  # it would have
 
 
@@ -396,11 +356,11 @@ def small_files():
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     run = Run(tmp_path / "checkpoint.pt")
-    run.save()
+    run.resume()
     before = run.path.read_bytes()
     assert len(before) > 10_000
     with small_files(), pytest.raises(OSError, match="could not write.*checkpoint.pt") as error:
-        run.save()
+        run.save(1)
     assert error.value.errno == errno.EFBIG
     assert run.path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -408,9 +368,8 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 def test_folder_that_cannot_be_made_is_named(tmp_path, linear):
     (tmp_path / "file").write_text("")
-    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
     with pytest.raises(OSError, match="could not write the checkpoint.*file/checkpoint.pt"):
-        save_checkpoint(tmp_path / "file" / "checkpoint.pt", linear, optimizer, [], [], [], [])
+        save_checkpoint(tmp_path / "file" / "checkpoint.pt", 0, {}, model=linear)
 
 
 SAVING = ("while writing", "before fsync", "before replace", "after replace")
@@ -442,10 +401,7 @@ def train_and_die(path, moment, count):
         utils.os.replace = lambda *names: (die(), replace(*names))
     elif moment == "after replace":
         utils.os.replace = lambda *names: (replace(*names), die())
-    run = Run(path)
-    if path.exists():
-        run.load()
-    run.go()
+    Run(path).go()
 
 
 def test_killed_runs_resume_bit_for_bit(tmp_path, finished):
@@ -485,8 +441,8 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, finished):
         if number < 2:  # the first also waits for the server
             whole = time.perf_counter() - begin
         run = Run(path)
-        run.load()
-        assert equal(run.state()[:2], finished.state()[:2])
+        run.resume()
+        assert equal(run.parts(), finished.parts())
         if kills.total() >= wanted:
             break
     print(f"{kills.total()} kills in {number - 1} runs: {dict(kills)}")  # two were left alone
