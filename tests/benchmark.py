@@ -299,7 +299,7 @@ def plot(rows):
 
 
 def measure(jobs, data, path):
-    """Do each job, the arguments of a run, in a process of its own, unless its result is saved."""
+    """Do the jobs (the first four arguments of `run`) that the file at `path` has no result of."""
     results = {**header(data), "runs": []}
     if path.exists():
         results = json.loads(path.read_text())
