@@ -430,19 +430,21 @@ def _load_split(name, root, train):
             raise FileNotFoundError(
                 f"{name} is not in '{root}' and could not be downloaded. Put {', '.join(missing)} "
                 f"into '{folder / 'raw'}', or name another folder in the environment variable "
-                f"DATA_DIR, or use load_data('digits'), which needs no network. {error}"
+                f"DATA_DIR, or use load_data('digits'), which needs no network. Error: {error}"
             ) from error
         damage = repr(error)  # the files are there, but torchvision cannot decode them
     else:
         damage = _find_damage(data, name)
     if damage:
         raise ValueError(
-            f"damaged files in '{folder}' ({damage}): delete that folder to download them again"
+            f"the files in '{folder}' are damaged ({damage}): delete that folder to download them "
+            "again"
         )
     return data
 
 
 def _find_damage(data, name):
+    """Return what is wrong with a split of the dataset `name`, or None."""
     images, targets = _tensors(data)
     if images.shape != (len(targets), 28, 28):
         return f"{len(targets)} labels for images of shape {tuple(images.shape)}"
@@ -610,11 +612,10 @@ class RandomAffine:
         self.shear = 0.0 if shear is None else shear
         x, y = self.translate
         low, high = self.scale
-        is_in_range = degrees >= 0 and 0 <= x <= 1 and 0 <= y <= 1
-        if not (is_in_range and 0 < low <= high and 0 <= self.shear < 90):
+        if not (0 <= x <= 1 and 0 <= y <= 1 and 0 < low <= high and 0 <= self.shear < 90):
             raise ValueError(
-                "expected degrees of at least 0, translate=(0 to 1, 0 to 1), scale=(low, high) "
-                f"with 0 < low <= high and shear from 0 to below 90, got {vars(self)}"
+                "expected translate=(0 to 1, 0 to 1), scale=(low, high) with 0 < low <= high and "
+                f"shear from 0 to below 90, got {vars(self)}"
             )
 
     def draw(self, count, generator=None):
