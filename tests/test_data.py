@@ -31,13 +31,13 @@ def write_idx(path, array):
     path.write_bytes(header.tobytes() + array.astype(array.dtype.newbyteorder(">")).tobytes())
 
 
-def write_dataset(root, name, counts=(30, 20)):
+def write_dataset(root, name, counts=(30, 20), classes=10):
     """Write random images in torchvision's layout: 30 for training, 20 for test."""
     folder, generator = root / name / "raw", np.random.default_rng(0)
     folder.mkdir(parents=True)
     for split, count in zip(("train", "t10k"), counts, strict=True):
         images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
+        labels = (np.arange(count) % classes).astype(np.uint8)
         if name == "QMNIST":
             split = {"train": "qmnist-train", "t10k": "qmnist-test"}[split]
             rows = np.stack([labels, *[labels + 10] * 7], axis=1).astype(np.int32)
@@ -102,40 +102,33 @@ def test_unknown_name():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_failed_download_says_what_to_do(tmp_path, offline, name):
-    write_dataset(tmp_path, name)
-    missing = ("qmnist-test" if name == "QMNIST" else "t10k") + "-images-idx3-ubyte"
-    (tmp_path / name / "raw" / missing).unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        utils.load_data(name, tmp_path)
-    for part in (f"{name} is not in", f"Put {missing} into", "DATA_DIR", "'digits'", "no network"):
-        assert part in str(error.value)
-    assert str(tmp_path / name / "raw") in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["MNIST", "QMNIST"])  # torchvision downloads them differently
 @pytest.mark.parametrize(
-    "cause", [ConnectionResetError("reset"), TimeoutError("late"), http.client.IncompleteRead(b"")]
+    "cause",
+    [
+        urllib.error.URLError("no network"),
+        ConnectionResetError("reset"),
+        TimeoutError("timed out"),
+        http.client.IncompleteRead(b""),
+    ],
 )
-def test_a_connection_that_breaks_off_is_a_failed_download(tmp_path, monkeypatch, name, cause):
-    def break_off(*args, **kwargs):
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch, name, cause):
+    def fail(*args, **kwargs):
         raise cause
 
-    monkeypatch.setattr(urllib.request, "urlopen", break_off)
-    with pytest.raises(
-        FileNotFoundError, match=f"(?s)could not be downloaded.*{re.escape(str(cause))}"
-    ):
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    write_dataset(tmp_path, name)
+    folder = tmp_path / name / "raw"
+    missing = ("qmnist-test" if name == "QMNIST" else "t10k") + "-images-idx3-ubyte"
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError) as error:
         utils.load_data(name, tmp_path)
+    for part in (f"Put {missing} into '{folder}'", "DATA_DIR", "load_data('digits')", str(cause)):
+        assert part in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["auto", "MNIST"])
 @pytest.mark.parametrize(
-    "root, error",
-    [
-        ("file", NotADirectoryError),
-        ("parent", FileExistsError),
-        ("x" * 300, OSError),  # File name too long
-    ],
+    "root, error", [("file", NotADirectoryError), ("parent", FileExistsError), ("x" * 300, OSError)]
 )
 def test_disk_errors_are_left_as_they_are(tmp_path, name, root, error):
     (tmp_path / "file").touch()
@@ -167,26 +160,20 @@ def test_wrong_files_of_an_old_torchvision_are_refused(tmp_path, offline, name):
         utils.load_data(name, tmp_path)
 
 
-@pytest.mark.parametrize("name, row", [("KMNIST", 1), ("QMNIST", 32)])  # bytes of a label
-@pytest.mark.parametrize("kind", ["a label of 77", "a label too few", "images of 14×56"])
-def test_sets_without_a_digest_are_checked_for_sense(tmp_path, offline, name, row, kind):
-    write_dataset(tmp_path, name)
-    (labels,) = (tmp_path / name / "raw").glob("*train-labels*")
+@pytest.mark.parametrize("name", ["KMNIST", "QMNIST"])
+@pytest.mark.parametrize(
+    "shape, classes, message",
+    [
+        ((30, 28, 28), 11, "labels from 0 to 10"),
+        ((31, 28, 28), 10, "30 labels for images of shape (31, 28, 28)"),
+        ((30, 14, 56), 10, "30 labels for images of shape (30, 14, 56)"),
+    ],
+)
+def test_sets_without_a_digest_are_checked(tmp_path, offline, name, shape, classes, message):
+    write_dataset(tmp_path, name, classes=classes)
     (images,) = (tmp_path / name / "raw").glob("*train-images*")
-    content, pixels = bytearray(labels.read_bytes()), bytearray(images.read_bytes())
-    if kind == "a label of 77":
-        content[-row + row // 32 * 3] = 77  # the last label's first number, big-endian
-        message = "labels from 0 to 77"
-    elif kind == "a label too few":
-        content = content[:-row]
-        content[7] = 29
-        message = r"29 labels for images of shape \(30, 28, 28\)"
-    else:
-        pixels[11], pixels[15] = 14, 56
-        message = r"30 labels for images of shape \(30, 14, 56\)"
-    labels.write_bytes(content)
-    images.write_bytes(pixels)
-    with pytest.raises(ValueError, match=f"damaged.*{message}.*delete"):
+    write_idx(images, np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(ValueError, match=f"damaged.*{re.escape(message)}.*delete"):
         utils.load_data(name, tmp_path)
 
 
@@ -216,17 +203,10 @@ def published(tmp_path, mnist_root):
 
 
 @pytest.mark.parametrize("name", ["auto", "MNIST"])
-@pytest.mark.parametrize(
-    "file, position",
-    [
-        ("t10k-images-idx3-ubyte", 5_000_000),
-        ("t10k-labels-idx1-ubyte", 5_000),
-        ("train-labels-idx1-ubyte", 50_000),
-    ],
-)
-def test_one_flipped_bit_is_noticed(published, tmp_path, offline, name, file, position):
+@pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+def test_one_flipped_bit_is_noticed(published, tmp_path, offline, name, file):
     content = bytearray((published / file).read_bytes())
-    content[position] ^= 1
+    content[len(content) // 2] ^= 1
     (published / file).write_bytes(content)
     with pytest.raises(ValueError, match=f"'{published.parent}' are damaged.*delete that folder"):
         utils.load_data(name, tmp_path)
@@ -452,14 +432,8 @@ def test_affine_is_torchvisions(degrees, translate, scale, shear):
     generator = torch.Generator().manual_seed(1)
     drawn = [torch.empty(count).uniform_(*each, generator=generator).tolist() for each in limits]
     for i, (angle, right, down, factor, slant) in enumerate(zip(*drawn, strict=True)):
-        expected = affine(
-            images[i],
-            angle,
-            [28 * right, 28 * down],
-            factor,
-            [slant, 0.0],
-            interpolation=InterpolationMode.BILINEAR,
-        )
+        shift, shear_xy = [28 * right, 28 * down], [slant, 0.0]
+        expected = affine(images[i], angle, shift, factor, shear_xy, InterpolationMode.BILINEAR)
         torch.testing.assert_close(transformed[i], expected, atol=1e-4, rtol=1e-4)
 
 
