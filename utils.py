@@ -10,7 +10,7 @@ In short:
 """
 
 import contextlib
-import errno
+import hashlib
 import io
 import math
 import operator
@@ -20,10 +20,10 @@ import sys
 import time
 import warnings
 import zipfile
-from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from urllib.error import URLError
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,29 +37,21 @@ from skimage import filters, measure, morphology
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
 from tqdm.auto import tqdm
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
-DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
-DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
-DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
 WORK = 400  # pixels along the longer side at which a digit is looked for
 PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 EMPTY = "the loader is empty: expected at least one batch of (images, labels)"
-RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
-    "MNIST": {
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    },
-    "FashionMNIST": {
-        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
-    },
+DIGESTS = {  # SHA-256 of the decoded images and labels: the training split's, the test split's
+    "MNIST": (
+        "d18cfd466eb143ac1097fde604dba9eec4116885869d04cc648b510949f9e88c",
+        "a0863a96c44e5666edbb30c4071ee79ca0514c621e6349c5967fc78e7305c891",
+    ),
+    "FashionMNIST": (
+        "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a",
+        "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e",
+    ),
 }
 
 
@@ -382,32 +374,29 @@ def load_data(name="auto", root=None):
     """Return `(train_data, test_data)`, with `.data` (uint8, N×28×28), `.targets` and `.classes`.
 
     name: "MNIST", "FashionMNIST", "KMNIST" or "QMNIST", read from `root` in torchvision's layout
-        and downloaded where they are not there; "digits", scikit-learn's small set, which needs no
-        network; or "auto", MNIST where it can be had and otherwise, with a warning, "digits".
-        The two datasets carry the name that was loaded as `.name`.
+        and downloaded if they are not there; "digits", scikit-learn's small set, which needs no
+        network; or "auto": MNIST or, if it can neither be read nor downloaded, "digits" with a
+        warning. The datasets carry the name that was loaded as `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
 
-    Of several processes, all have to call it. They take turns, since the first may download, and
-    all get the set that rank 0 got.
+    With several processes, all must call it. They load one after another, because the first may
+    have to download, and all load the dataset that rank 0 got.
 
-    MNIST's and Fashion-MNIST's files are compared with their MD5. Of the others it is checked that
-    each image is 28×28 and has a label, and that the labels are in range.
+    MNIST and Fashion-MNIST are compared with the SHA-256 of the published images and labels. The
+    others must have 28×28 pixels, a label for each image and labels in range.
 
-    Raises ValueError for another name and for damaged files, FileNotFoundError where the files are
-    absent and cannot be downloaded, OSError where `root` cannot be read or written.
+    Raises ValueError for an unknown name and for damaged files, and FileNotFoundError if files are
+    missing and cannot be downloaded.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
     if not dist.is_initialized():
         return _load(name, root)
-    is_first = os.environ.get("LOCAL_RANK") == "0"  # on its machine
-    turn = 0 if dist.get_rank() == 0 else 1 if is_first else 2
-    pair = _load(name, root) if turn == 0 else None
-    chosen = [pair and pair[0].name]
-    dist.broadcast_object_list(chosen)
-    for each in (1, 2):
-        if turn == each:
+    chosen = [name]
+    for turn in range(dist.get_world_size()):
+        if turn == dist.get_rank():
             pair = _load(chosen[0], root)
-        dist.barrier()
+            chosen = [pair[0].name]
+        dist.broadcast_object_list(chosen, src=turn)  # the others wait here for this process
     return pair
 
 
@@ -421,7 +410,7 @@ def _load(name, root):
     if name == "digits":
         pair = Digits(train=True), Digits(train=False)
     elif name in ("MNIST", "FashionMNIST", "KMNIST", "QMNIST"):
-        pair = _load_torchvision(getattr(datasets, name), root)
+        pair = _load_split(name, root, train=True), _load_split(name, root, train=False)
     else:
         raise ValueError(
             f"unknown dataset {name!r}: expected 'auto', 'MNIST', 'FashionMNIST', 'KMNIST', "
@@ -432,56 +421,50 @@ def _load(name, root):
     return pair
 
 
-def _load_torchvision(dataset, root):
-    folder, name = root / dataset.__name__ / "raw", dataset.__name__
-    resources = dataset.resources
-    if dataset is datasets.QMNIST:
-        resources = resources["train"] + resources["test"]
-    files = [folder / Path(address).stem for address, _ in resources]  # each comes as FILE.gz
-    archives = {folder / Path(address).name: md5 for address, md5 in resources}
-    raw = {folder / file: md5 for file, md5 in RAW_MD5.get(name, {}).items()}
-    legacy = root / name / "processed" / "training.pt"  # torchvision would take it, unchecked
-    incomplete = []
+def _load_split(name, root, train):
+    """Load the training or the test split of one of torchvision's datasets, and check it."""
+    dataset, folder = getattr(datasets, name), root / name
     try:
-        is_old = legacy.exists()
-        damaged, incomplete = (
-            [file.name for file in sums if file.exists() and not check_integrity(file, sums[file])]
-            for sums in (raw, archives)
-        )
-        damage = [f"{file} is not what was published" for file in damaged]
-        splits = () if damage or is_old else (True, False)
-        pair = [dataset(root, train=split, download=True) for split in splits]
+        data = dataset(root, train=train, download=True)
     except Exception as error:
-        if getattr(error, "errno", None) in DISK_ERRORS:
-            raise OSError(
-                error.errno,
-                f"{name}'s files cannot be read or written ({error.strerror}): in the environment "
-                "variable DATA_DIR, name a folder where they can, and have room",
-                str(folder),
+        is_network_error = isinstance(error, (URLError, ConnectionError, TimeoutError))
+        if isinstance(error, OSError) and not is_network_error:
+            raise  # the disk's: no permission, no space left, …
+        resources = dataset.resources  # (FILE.gz or its address, MD5)
+        if name == "QMNIST":
+            resources = resources["train" if train else "test"]
+        files = [folder / "raw" / Path(address).stem for address, _ in resources]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{name} is not in '{root}' and could not be downloaded. Put {', '.join(missing)} "
+                f"into '{folder / 'raw'}', or name another folder in the environment variable "
+                f"DATA_DIR, or use load_data('digits'), which needs no network. Error: {error}"
             ) from error
-        if incomplete or all(file.exists() for file in files):
-            what = ", ".join(incomplete) or repr(error)
-            raise ValueError(DAMAGED.format(folder, what)) from error
-        raise FileNotFoundError(
-            f"{name} is not in '{root}' and could not be downloaded. Put "
-            f"{', '.join(file.name for file in files)} into '{folder}', or name another folder in "
-            "the environment variable DATA_DIR, or go without a network: load_data('digits'). "
-            f"What was tried: {error}"
-        ) from error
-    if is_old:
-        raise ValueError(
-            f"'{legacy.parent}' holds files of an old torchvision, which bear no checksum: delete "
-            "that folder to use, or download, the original ones"
-        )
-    for data in pair:
-        images, targets = _tensors(data)
-        if len(targets) == 0 or images.shape != (len(targets), 28, 28):
-            damage.append(f"{len(targets)} labels for images of shape {tuple(images.shape)}")
-        elif not 0 <= targets.min() <= targets.max() < len(data.classes):
-            damage.append(f"labels from {targets.min()} to {targets.max()}")
+        damage = repr(error)  # the files are there, but torchvision cannot decode them
+    else:
+        damage = _find_damage(data, name)
     if damage:
-        raise ValueError(DAMAGED.format(folder, "; ".join(damage)))
-    return pair
+        raise ValueError(
+            f"the files in '{folder}' are damaged ({damage}): delete that folder to download them "
+            "again"
+        )
+    return data
+
+
+def _find_damage(data, name):
+    """Return what is wrong with a split of the dataset `name`, or None."""
+    images, targets = _tensors(data)
+    if images.shape != (len(targets), 28, 28):
+        return f"{len(targets)} labels for images of shape {tuple(images.shape)}"
+    if not 0 <= targets.min() <= targets.max() < len(data.classes):
+        return f"labels from {targets.min()} to {targets.max()}"
+    if name in DIGESTS:
+        digest = hashlib.sha256(images.numpy())
+        digest.update(targets.numpy())
+        if digest.hexdigest() != DIGESTS[name][0 if data.train else 1]:
+            return "not the published images and labels"
+    return None
 
 
 class Digits(datasets.MNIST):
@@ -611,49 +594,55 @@ def _tensors(dataset):
 
 
 class RandomAffine:
-    """Rotate, translate, scale and shear each image of a batch by parameters of its own.
+    """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
 
-    The arguments mean what they mean to `torchvision.transforms.v2.RandomAffine`, which draws one
-    set of parameters for a whole batch. Interpolation is bilinear, translations are not rounded to
-    whole pixels, and what comes from outside the image is 0.
+    The arguments are those of `torchvision.transforms.v2.RandomAffine`, which draws one set of
+    parameters for a whole batch. Interpolation is bilinear, shifts are not rounded to whole pixels,
+    and what comes from outside the image is 0.
 
-    degrees: rotation in degrees, clockwise: a number d for (-d, d), or (low, high).
+    degrees: largest rotation in degrees, in both directions.
     translate: largest shifts (horizontal, vertical) as fractions of the image's side, 0 to 1.
     scale: (low, high), factors above 0.
-    shear: in degrees along x: a number s for (-s, s), or (low, high); or along both axes, as
-        (x low, x high, y low, y high).
+    shear: largest shear along x in degrees, in both directions, below 90.
 
     Raises ValueError for a value out of its range.
     """
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
-        self.degrees = _ranges(degrees, lengths=(2,))
+        self.degrees = degrees
         self.translate = (0.0, 0.0) if translate is None else translate
         self.scale = (1.0, 1.0) if scale is None else scale
-        self.shear = _ranges(0.0 if shear is None else shear, lengths=(2, 4))
-        if len(self.shear) == 2:
-            self.shear = (*self.shear, 0.0, 0.0)
+        self.shear = 0.0 if shear is None else shear
         x, y = self.translate
-        small, large = self.scale
-        if not (0 <= x <= 1 and 0 <= y <= 1 and 0 < small <= large):
+        low, high = self.scale
+        if not (0 <= x <= 1 and 0 <= y <= 1 and 0 < low <= high and 0 <= self.shear < 90):
             raise ValueError(
-                "expected translate=(0 to 1, 0 to 1) and scale=(low, high) with 0 < low <= high, "
-                f"got {translate} and {scale}"
+                "expected translate=(0 to 1, 0 to 1), scale=(low, high) with 0 < low <= high and "
+                f"shear from 0 to below 90, got {vars(self)}"
             )
 
     def draw(self, count, generator=None):
-        """Draw the parameters of `count` images on the CPU, as matrices (count, 2, 3)."""
+        """Draw the parameters of `count` images on the CPU, as matrices (count, 2, 3).
+
+        With x right and y down from the image's centre, a point p moves to
+        scale · R(angle) · X(shear) · p + shift, as in torchvision's `affine`.
+        """
 
         def uniform(low, high):
             return torch.empty(count).uniform_(low, high, generator=generator)
 
         x, y = self.translate
-        return affine_matrices(
-            angle=uniform(*self.degrees),
-            translate=torch.stack((uniform(-x, x), uniform(-y, y)), dim=1),
-            scale=uniform(*self.scale),
-            shear=torch.stack((uniform(*self.shear[:2]), uniform(*self.shear[2:])), dim=1),
-        )
+        angle = uniform(-self.degrees, self.degrees).deg2rad()
+        shift = torch.stack((uniform(-x, x), uniform(-y, y)), dim=1)
+        scale = uniform(*self.scale)
+        tan = uniform(-self.shear, self.shear).deg2rad().tan()
+        cos, sin = angle.cos(), angle.sin()
+        # F.affine_grid wants to know where each output pixel comes from: the inverse of R·X, whose
+        # determinant is 1.
+        inverse = torch.stack((cos - sin * tan, sin + cos * tan, -sin, cos), dim=1)
+        inverse = inverse.view(-1, 2, 2) / scale.view(-1, 1, 1)
+        shift = inverse @ (2 * shift).unsqueeze(2)  # the grid's coordinates run from -1 to 1
+        return torch.cat((inverse, -shift), dim=2)
 
     def __call__(self, images, matrices=None):
         """Transform float images (N, C, S, S) with black at 0; draw where no matrices are given."""
@@ -661,36 +650,6 @@ class RandomAffine:
             matrices = self.draw(len(images)).to(images.device)
         grid = F.affine_grid(matrices, images.shape, align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
-
-
-def _ranges(value, lengths):
-    angles = (-value, value) if isinstance(value, Real) else tuple(value)
-    if len(angles) not in lengths or not all(
-        -math.inf < low <= high < math.inf
-        for low, high in zip(angles[::2], angles[1::2], strict=True)
-    ):
-        raise ValueError(
-            f"expected an angle of at least 0, or its range (low, high), in degrees, got {value}"
-        )
-    return angles
-
-
-def affine_matrices(angle, translate, scale, shear):
-    """Return the matrices (N, 2, 3) with which `F.affine_grid` transforms N square images.
-
-    angle (N,) and shear (N, 2) in degrees, translate (N, 2) in fractions of the side, scale (N,).
-    With x right and y down from the image's centre, a point p moves to
-    scale · R(angle) · Y(shear y) · X(shear x) · p + translate, as in torchvision's `affine`.
-    """
-    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
-    tan_x, tan_y = shear.deg2rad().tan().unbind(dim=1)
-    # The grid tells where each output pixel comes from, so this is the inverse of the linear part.
-    # R·Y·X has determinant 1.
-    a, b = cos + sin * tan_y, sin - cos * tan_y  # first column of R·Y
-    c, d = -sin - a * tan_x, cos - b * tan_x  # second column of R·Y·X
-    inverse = torch.stack((d, -c, -b, a), dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-    shift = inverse @ (2 * translate).unsqueeze(2)  # the grid's coordinates run from -1 to 1
-    return torch.cat((inverse, -shift), dim=2)
 
 
 # --- one image, as people have it

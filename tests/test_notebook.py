@@ -144,7 +144,7 @@ def test_exported_script_falls_back_to_digits(folder, capsys):
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST", "QMNIST"])
 def test_other_datasets_run_from_top_to_bottom(folder, monkeypatch, capsys, name):
-    monkeypatch.setattr(utils, "RAW_MD5", {})  # the files are made here
+    monkeypatch.setattr(utils, "DIGESTS", {})  # the files are made here
     write_dataset(folder / "data", name, counts=(300, 100))
     export(DATASET=name, EPOCHS=1)
     names = runpy.run_path("S5.py")["figure"].axes[-1].get_xticklabels()
