@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology
@@ -938,7 +938,8 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
         axes.grid(alpha=0.3)
         axes.legend(title=f"after epoch {lengths[0]}")
     left.set_yscale("log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = left.get_ylim()  # within a decade, 1, 2 and 5 may be too few ticks
+    left.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")  # 0.05, not 5×10⁻²
     left.yaxis.set_minor_formatter(NullFormatter())
     fig.suptitle(title)
@@ -952,8 +953,7 @@ def plot_sample_data(data_loader, *, title=None):
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
         images, labels = next(iter(data_loader))
-    names = _class_names(data_loader)
-    _plot_images(images, [names.get(label, label) for label in labels.tolist()], title)
+    _plot_images(images, _class_names(data_loader, labels), title)
 
 
 def plot_misclassified(loader, predictions, probabilities, targets, *, title=None):
@@ -975,14 +975,15 @@ def plot_misclassified(loader, predictions, probabilities, targets, *, title=Non
     confidences = probabilities.max(dim=1).values
     wrong = (predictions != targets).nonzero().flatten()
     wrong = wrong[confidences[wrong].argsort(descending=True)][:24]
-    names = _class_names(loader)
-    titles = []
-    for index in wrong.tolist():
-        label, prediction = int(targets[index]), int(predictions[index])
-        titles.append(
-            f"{names.get(label, label)}\n"
-            f"→ {names.get(prediction, prediction)}, {100 * confidences[index]:.0f} %"
+    titles = [
+        f"{label}\n→ {prediction}, {100 * confidence:.0f} %"
+        for label, prediction, confidence in zip(
+            _class_names(loader, targets[wrong]),
+            _class_names(loader, predictions[wrong]),
+            confidences[wrong],
+            strict=True,
         )
+    ]
     _plot_images(images[wrong], titles, title)
 
 
@@ -1021,7 +1022,6 @@ def plot_prediction(image, probabilities, prepared, classes=None, *, title=None)
     classes: names of the classes; by default their numbers.
     """
     grey, percent = _upright_grey(image), 100 * np.asarray(probabilities)
-    numbers = range(len(percent))
     if classes is not None and len(classes) != len(percent):
         raise ValueError(f"expected {len(percent)} names of classes, got {len(classes)}")
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
@@ -1031,29 +1031,29 @@ def plot_prediction(image, probabilities, prepared, classes=None, *, title=None)
     middle.set_title("what the model sees")
     for axes in (left, middle):
         axes.axis("off")
+    numbers = range(len(percent))
     bars = right.bar(numbers, percent)
     right.bar_label(bars, fmt="%.0f", fontsize=8)
-    right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110))
-    if classes is None:
-        right.set_xticks(numbers)
-    else:
-        right.set_xticks(numbers, classes, rotation=45, ha="right")
+    right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=numbers)
+    if classes is not None:
+        right.set_xticklabels(classes, rotation=45, ha="right")
     fig.suptitle(title)
 
 
-def _class_names(loader):
-    """Return {label: name} for the loader's dataset, or {} where it has no names."""
+def _class_names(loader, labels):
+    """Return the names of labels (N,), or the labels where the loader's dataset has no names."""
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return dict(enumerate(getattr(dataset, "classes", ())))
+    names = dict(enumerate(getattr(dataset, "classes", ())))
+    return [names.get(label, label) for label in labels.tolist()]
 
 
 def _plot_images(images, titles, title):
     """Plot up to 24 images (N, 1, H, W) in a grid, on a common grey scale."""
     if images.dim() != 4 or images.shape[1] != 1:
         raise ValueError(f"expected images of shape (N, 1, H, W), got {tuple(images.shape)}")
-    images = images[:24, 0].cpu()
+    images = images[:24, 0].cpu().numpy()
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image, cmap="gray", vmin=images.min(), vmax=images.max())
