@@ -89,8 +89,11 @@ from utils import drawing_pad
 model = Net()
 model.load_state_dict(torch.load("model.pt"))
 drawing_pad(model, {CLASSES})"""
-    cells = [nbformat.v4.new_code_cell(source)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "pad.ipynb")
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source)],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    )
+    nbformat.write(notebook, tmp_path / "pad.ipynb")
 
     address = "http://localhost:8765/lab/tree/pad.ipynb"
     options = ["--no-browser", "--allow-root", "--port=8765", "--IdentityProvider.token="]
@@ -112,7 +115,7 @@ drawing_pad(model, {CLASSES})"""
             )
             page = browser.new_page(viewport={"width": 1200, "height": 900})
             page.goto(address)
-            page.get_by_text("| Idle").wait_for(timeout=120_000)  # else it asks for a kernel
+            page.get_by_text("| Idle").wait_for(timeout=120_000)  # the kernel has started
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_text("Run All Cells", exact=True).click()
             canvas = page.locator("canvas[width='280']")
