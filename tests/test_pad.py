@@ -82,8 +82,7 @@ loader = utils.BatchLoader(part, 100, shuffle=True)
 model = Net()
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
 utils.train(model, "cpu", loader, optimizer, torch.nn.functional.nll_loss, progress=False)
-utils.drawing_pad(model, train_data.classes)
-"""
+utils.drawing_pad(model, train_data.classes)"""
 
 
 @pytest.mark.skipif("BROWSER" not in os.environ, reason="BROWSER does not name a Chromium")
