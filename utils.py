@@ -9,6 +9,7 @@ In short:
     loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
 """
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology
@@ -510,8 +511,8 @@ class BatchLoader:
     augment: a `RandomAffine`.
 
     Raises TypeError for a dataset without `.data` and `.targets`, ValueError for images or labels
-    of another kind, for a dataset with a transform, which would not be applied, and for a batch
-    size that the number of processes does not divide.
+    of another kind, for a dataset with a transform, which would not be applied, and in training
+    for a batch size that is not a multiple of the number of processes.
     """
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
@@ -563,13 +564,14 @@ class BatchLoader:
     def _share(self):
         """Return the positions in a pass that are this process's, and its batch size."""
         count, world_size = len(self.images), _world_size()
-        if self.batch_size % world_size > 0:
-            raise ValueError(
-                f"expected a batch size that {world_size} processes divide, got {self.batch_size}"
-            )
         if torch.is_grad_enabled():  # averaging gradients is right for shares of equal size alone
             count -= count % world_size
-        return range(_rank(), count, world_size), self.batch_size // world_size
+            if self.batch_size % world_size > 0:
+                raise ValueError(
+                    "expected a batch size that is a multiple of the number of processes, "
+                    f"{world_size}, got {self.batch_size}"
+                )
+        return range(_rank(), count, world_size), max(1, self.batch_size // world_size)
 
 
 def _tensors(dataset):
@@ -873,19 +875,21 @@ def _resize(values, shape):
 
 
 # --- plots
+#
+# Like pyplot's own functions, these draw a new figure and leave it open: a notebook shows it once
+# its cell has run, plt.savefig() saves it, and in a script plt.show() opens a window.
 
 
 def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=None):
-    """Plot loss and accuracy (percent) per epoch, train against test, and return the `Figure`.
+    """Plot loss (on a log scale) and accuracy (percent) by epoch, train against test.
 
-    Raises ValueError where the four lists are empty or differ in length.
+    Raises ValueError where the four lists differ in length or are empty.
     """
     lengths = [len(values) for values in (train_losses, train_acc, test_losses, test_acc)]
-    if len(set(lengths)) != 1 or lengths[0] == 0:
-        raise ValueError(f"expected four lists of one length, an entry per epoch, got {lengths}")
+    if len(set(lengths)) > 1 or 0 in lengths:
+        raise ValueError(f"expected four lists with an entry per epoch, got lengths {lengths}")
     epochs = range(1, lengths[0] + 1)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    plt.close(fig)  # pyplot forgets it, whatever happens; the caller has it
     for axes, curves, name, final in (
         (left, (train_losses, test_losses), "loss", "{} {:.4f}"),
         (right, (train_acc, test_acc), "accuracy (%)", "{} {:.2f} %"),
@@ -897,92 +901,71 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
         axes.grid(alpha=0.3)
         axes.legend(title=f"after epoch {lengths[0]}")
     left.set_yscale("log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:g}")
+    low, high = left.get_ylim()  # within a decade, 1, 2 and 5 may be too few ticks
+    left.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")  # 0.05, not 5×10⁻²
     left.yaxis.set_minor_formatter(NullFormatter())
     fig.suptitle(title)
-    return fig
 
 
 def plot_sample_data(data_loader, *, title=None):
-    """Plot up to 24 images of the first batch as they enter the model and return the `Figure`.
+    """Plot up to 24 images of the first batch as the model sees them, with their labels.
 
-    Each bears its class's name where the loader's dataset has one, else its label.
-    Raises ValueError where the loader is empty, its images are not of shape (N, 1, H, W) or its
-    labels not N integers.
+    data_loader: yields images of shape (N, 1, H, W) and labels of shape (N,). The labels' names are
+        taken from `data_loader.dataset.classes` if it has them.
     """
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-        images, labels = next(iter(data_loader), (torch.empty(0), None))
-    _check_grey(images)
-    if labels.is_floating_point() or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"expected an integer label for each of {len(images)} images, got {labels.dtype} of "
-            f"shape {tuple(labels.shape)}"
-        )
-    names = _class_names(data_loader)
-    return _plot_images(images, [names.get(label, label) for label in labels.tolist()], title)
+        images, labels = next(iter(data_loader))
+    _plot_images(images, _class_names(data_loader, labels), title)
 
 
 def plot_misclassified(loader, predictions, probabilities, targets, *, title=None):
-    """Plot up to 24 wrong predictions, the most confident first, and return the `Figure`.
+    """Plot up to 24 wrong predictions, the most confident first.
 
-    Each bears its label, the prediction and the prediction's probability in percent.
+    Above each image: its label, then the prediction and its probability.
 
-    loader: of N images (1, H, W), in the order of the others.
-    predictions, probabilities, targets: what `predict` returned for it, of shape (N,), (N, classes)
-        and (N,).
+    loader: yields the images, of shape (N, 1, H, W), in the order of the predictions.
+    predictions, probabilities, targets: as `predict` returned them for this loader.
 
-    Raises ValueError where the loader's labels are not `targets`, as when it shuffles, and where
-    an image has another shape.
+    Raises ValueError where the loader's labels are not `targets`, as when it shuffles.
     """
-    images, labels = zip(*loader, strict=True)
-    if not torch.equal(torch.cat(labels).cpu(), targets) or len(predictions) != len(targets):
+    images, labels = (torch.cat(batches).cpu() for batches in zip(*loader, strict=True))
+    if not torch.equal(labels, targets):
         raise ValueError(
-            "expected the loader that gave these predictions, in the same order: its labels are "
-            "others; use one that does not shuffle"
+            "the loader's labels differ from targets: expected the loader that the predictions "
+            "were made with, one that does not shuffle"
         )
     confidences = probabilities.max(dim=1).values
     wrong = (predictions != targets).nonzero().flatten()
-    wrong = wrong[confidences[wrong].argsort(descending=True)]
-    names = _class_names(loader)
+    wrong = wrong[confidences[wrong].argsort(descending=True)][:24]
     titles = [
-        f"{names.get(label, label)}\n→ {names.get(guess, guess)}, {percent:.0f} %"
-        for label, guess, percent in zip(
-            targets[wrong].tolist(),
-            predictions[wrong].tolist(),
-            (100 * confidences[wrong]).tolist(),
+        f"{label}\n→ {prediction}, {100 * confidence:.0f} %"
+        for label, prediction, confidence in zip(
+            _class_names(loader, targets[wrong]),
+            _class_names(loader, predictions[wrong]),
+            confidences[wrong],
             strict=True,
         )
     ]
-    return _plot_images(torch.cat(images)[wrong.to(images[0].device)], titles, title)
+    _plot_images(images[wrong], titles, title)
 
 
 def plot_confusion_matrix(predictions, targets, classes, *, title=None):
-    """Plot how often each class was taken for each other, and return the `Figure`.
+    """Plot how often each class was predicted for each true class.
 
-    Colour shows the errors alone, as the correct predictions on the diagonal would drown them.
+    Only the errors are coloured: the many correct predictions on the diagonal would outshine them.
 
     predictions, targets: N integers each, 0 to len(classes) - 1.
-    classes: the classes' names.
+    classes: names of the classes.
 
-    Raises ValueError where there are no predictions, they are not as many as the targets, or one of
-    either is out of range.
+    Raises ValueError where a prediction or a target is out of range.
     """
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # takes a second
 
-    if len(predictions) != len(targets) or len(targets) == 0:
-        raise ValueError(
-            "expected as many predictions as targets, and one at least, got "
-            f"{len(predictions)} and {len(targets)}"
-        )
     counts = confusion_matrix(targets, predictions, labels=range(len(classes)))
-    if counts.sum() != len(targets):
-        raise ValueError(
-            f"expected integers from 0 to {len(classes) - 1}, since there are {len(classes)} class "
-            f"names, got predictions up to {max(predictions)} and targets up to {max(targets)}"
-        )
+    if counts.sum() != len(targets):  # scikit-learn leaves out what is not in labels
+        raise ValueError(f"expected predictions and targets from 0 to {len(classes) - 1}")
     fig, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
-    plt.close(fig)
     errors = counts - np.diag(counts.diagonal())
     display = ConfusionMatrixDisplay(errors, display_labels=classes)
     display.plot(ax=axes, cmap="Reds", colorbar=False, xticks_rotation=45)
@@ -992,68 +975,57 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
             text.set(color="gray", fontsize=9)
     axes.set(xlabel="predicted", ylabel="true")
     fig.suptitle(title)
-    return fig
 
 
 def plot_prediction(image, probabilities, prepared, classes=None, *, title=None):
-    """Plot what `predict_image` was given, what the model saw of it, and what it made of that.
+    """Plot an image, what the model saw of it, and the probability of each class.
 
-    Returns the `Figure`.
-
-    image: as for `predict_image`, which returned the next two for it.
-    probabilities: (classes,), 0 to 1.
-    prepared: (28, 28), uint8.
-    classes: the classes' names; by default, 0, 1, 2 and so on.
+    image: a path or a PIL image, as given to `predict_image`.
+    probabilities, prepared: as `predict_image` returned them, of shape (classes,) and (28, 28).
+    classes: names of the classes; by default their numbers.
     """
+    grey, percent = _upright_grey(image), 100 * np.asarray(probabilities)
+    if classes is not None and len(classes) != len(percent):
+        raise ValueError(f"expected {len(percent)} names of classes, got {len(classes)}")
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    plt.close(fig)
-    left.imshow(_upright_grey(image), cmap="gray", vmin=0, vmax=1)
+    left.imshow(grey, cmap="gray", vmin=0, vmax=1)
     left.set_title("the image, in grey")
     middle.imshow(prepared, cmap="gray", vmin=0, vmax=255)
     middle.set_title("what the model sees")
     for axes in (left, middle):
         axes.axis("off")
-    percent = 100 * np.asarray(probabilities)
-    bars = right.bar(range(len(percent)), percent)
-    right.bar_label(bars, [f"{value:.0f}" for value in percent], fontsize=8)
-    right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=range(len(percent)))
+    numbers = range(len(percent))
+    bars = right.bar(numbers, percent)
+    right.bar_label(bars, fmt="%.0f", fontsize=8)
+    right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110), xticks=numbers)
     if classes is not None:
         right.set_xticklabels(classes, rotation=45, ha="right")
     fig.suptitle(title)
-    return fig
 
 
-def _class_names(loader):
-    """Return {label: name} of the loader's dataset, empty where it has none."""
+def _class_names(loader, labels):
+    """Return the names of labels (N,), or the labels where the loader's dataset has no names."""
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return dict(enumerate(getattr(dataset, "classes", ())))
-
-
-def _check_grey(images):
-    if images.dim() != 4 or images.shape[1] != 1:
-        raise ValueError(
-            f"expected a batch of images of shape (N, 1, H, W), got {tuple(images.shape)}"
-        )
+    names = dict(enumerate(getattr(dataset, "classes", ())))
+    return [names.get(label, label) for label in labels.tolist()]
 
 
 def _plot_images(images, titles, title):
-    """Show up to 24 images (N, 1, H, W) in a grid."""
-    _check_grey(images)
+    """Plot up to 24 images (N, 1, H, W) in a grid, on a common grey scale."""
+    if images.dim() != 4 or images.shape[1] != 1:
+        raise ValueError(f"expected images of shape (N, 1, H, W), got {tuple(images.shape)}")
+    images = images[:24, 0].cpu().numpy()
     fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
-    plt.close(fig)
-    images = images.cpu()
-    low, high = map(float, images.aminmax()) if len(images) else (0, 1)
-    if len(images) == 0:
-        fig.text(0.5, 0.5, "none", ha="center")
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
-        axes.imshow(image.squeeze(0).numpy(), cmap="gray", vmin=low, vmax=high)
+        axes.imshow(image, cmap="gray", vmin=images.min(), vmax=images.max())
         axes.set_title(name, fontsize=8)
     for axes in grid.flat:
         axes.axis("off")
+    if len(images) == 0:
+        fig.text(0.5, 0.5, "none", ha="center")
     fig.suptitle(title)
-    return fig
 
 
 # --- checkpoints
@@ -1196,3 +1168,74 @@ def _read_checkpoint(file, path):
 
 def _types(state):
     return {name: type(part).__name__ for name, part in state.items()}
+
+
+# --- drawing pad
+
+PAD_SCRIPT = """
+function render({ model, el }) {
+  el.innerHTML = `
+    <canvas width="280" height="280" style="border: 1px solid gray; touch-action: none"></canvas>
+    <br><button>Clear</button> <output></output>`;
+  const [canvas, button, output] = el.querySelectorAll("canvas, button, output");
+  const pen = canvas.getContext("2d");
+  pen.lineWidth = 14;
+  pen.lineCap = pen.lineJoin = "round";
+
+  const clear = () => { pen.fillStyle = "white"; pen.fillRect(0, 0, 280, 280); };
+  const send = (drawing) => { model.set("drawing", drawing); model.save_changes(); };
+  const showAnswer = () => { output.textContent = model.get("answer"); };
+
+  canvas.onpointerdown = (event) => {
+    canvas.setPointerCapture(event.pointerId);  // a stroke may leave the canvas and come back
+    pen.beginPath();
+    pen.moveTo(event.offsetX, event.offsetY);
+  };
+  canvas.onpointermove = (event) => {
+    if (!event.buttons) return;  // the mouse moves, but no button is pressed
+    pen.lineTo(event.offsetX, event.offsetY);
+    pen.stroke();
+  };
+  canvas.onpointerup = () => send(canvas.toDataURL());
+  button.onclick = () => { clear(); send(""); };
+  model.on("change:answer", showAnswer);
+  clear();
+  showAnswer();
+}
+export default { render };
+"""
+
+
+def drawing_pad(model, classes):
+    """Return a Jupyter widget to draw a digit in, with the mouse or a finger.
+
+    After each stroke it shows the answer of `predict_image`, such as "7 - seven (98%)", or the
+    message of the ValueError that `predict_image` raised.
+
+    model: as for `predict_image`.
+    classes: names of the classes.
+    """
+    import anywidget  # only the pad needs these two
+    import traitlets
+
+    class DrawingPad(anywidget.AnyWidget):
+        _esm = PAD_SCRIPT
+        drawing = traitlets.Unicode().tag(sync=True)  # a PNG as a data URL; empty when cleared
+        answer = traitlets.Unicode("Draw a digit.").tag(sync=True)
+
+        @traitlets.observe("drawing")
+        def _read_drawing(self, change):
+            if not self.drawing:
+                self.answer = "Draw a digit."
+                return
+            png = base64.b64decode(self.drawing.partition(",")[2])
+            try:
+                digit, probabilities, _ = predict_image(model, Image.open(io.BytesIO(png)))
+                self.answer = f"{classes[digit]} ({probabilities[digit]:.0%})"
+            except ValueError as error:
+                self.answer = str(error)
+
+        def __repr__(self):  # what a viewer without widgets shows, such as GitHub
+            return "Drawing pad: run this cell in Jupyter to draw a digit."
+
+    return DrawingPad()

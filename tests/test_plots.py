@@ -1,142 +1,174 @@
-import re
-
 import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+from conftest import ROOT
+from nbclient import NotebookClient
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 import utils
 
 DATA = utils.load_data("digits")[1]
-CURVES = ([0.5, 0.25], [90.0, 95.5], [0.4, 0.125], [91.0, 96.25])
+LOADER = utils.BatchLoader(Subset(DATA, range(30)), 8)
+TARGETS, WRONG = LOADER.targets, [20, 10, 0]  # the most confident mistake first
+PREDICTIONS, PROBABILITIES = TARGETS.clone(), torch.full((30, 10), 0.01)
+PREDICTIONS[WRONG] = (TARGETS[WRONG] + 1) % 10
+PROBABILITIES[range(30), PREDICTIONS] = 0.6
+PROBABILITIES[WRONG, PREDICTIONS[WRONG]] = torch.tensor([0.9, 0.8, 0.7])
+PREPARED = DATA.data[0].numpy()
+INPUT = {  # of each function
+    "train_metrics": ([0.5, 0.25], [90.0, 95.5], [0.4, 0.125], [91.0, 96.25]),
+    "sample_data": (LOADER,),
+    "misclassified": (LOADER, PREDICTIONS, PROBABILITIES, TARGETS),
+    "confusion_matrix": (PREDICTIONS, TARGETS, DATA.classes),
+    "prediction": (Image.fromarray(255 - PREPARED), PROBABILITIES[0], PREPARED, DATA.classes),
+}
 
 
 @pytest.fixture(autouse=True)
-def no_figure_stays_open():
+def no_open_figures():
+    plt.switch_backend("agg")
+    plt.close("all")
     yield
-    assert plt.get_fignums() == []
+    plt.close("all")
 
 
-def test_plot_train_metrics():
-    figure = utils.plot_train_metrics(*CURVES, title="MNIST")
-    assert isinstance(figure, Figure) and figure.get_suptitle() == "MNIST"
-    loss, accuracy = figure.axes
-    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss", "accuracy (%)")
-    for axes, curves, labels in (
-        (loss, CURVES[::2], ["train 0.2500", "test 0.1250"]),
-        (accuracy, CURVES[1::2], ["train 95.50 %", "test 96.25 %"]),
+def plot(name, *values, **options):
+    """Call one of the functions and return the axes of the figure that is then the current one."""
+    assert getattr(utils, f"plot_{name}")(*(values or INPUT[name]), **options) is None
+    return plt.gcf().axes
+
+
+def image_titles(figure_axes):
+    return [axes.get_title() for axes in figure_axes if axes.images]
+
+
+def is_blank(path):
+    return np.ptp(np.asarray(Image.open(path).convert("L"))) == 0
+
+
+@pytest.mark.parametrize("name", INPUT)
+def test_a_figure_is_left_open_to_be_saved(name, tmp_path):
+    plt.figure()  # of the user's own
+    plot(name, title="it")
+    assert plt.get_fignums() == [1, 2] and plt.gcf().number == 2
+    assert plt.gcf().get_suptitle() == "it"
+    plt.savefig(tmp_path / "it.png")
+    assert not is_blank(tmp_path / "it.png")
+
+
+def test_a_notebook_shows_each_figure_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    call = "plot_train_metrics([1], [2], [3], [4])"
+    pictures = {
+        "import matplotlib.pyplot as plt\nfrom utils import plot_train_metrics": 0,
+        call: 1,
+        f"{call}\nnumber = 1": 1,
+        f"{call}\n{call}": 2,
+        f"for _ in range(3):\n    {call}": 3,
+        f"{call}\nplt.show()": 1,
+        f"{call}\nplt.savefig({str(tmp_path / 'it.png')!r})": 1,
+    }
+    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, pictures)])
+    NotebookClient(notebook, resources={"metadata": {"path": ROOT}}).execute()
+    for cell, count in zip(notebook.cells, pictures.values(), strict=True):
+        assert ["image/png" in output.get("data", {}) for output in cell.outputs] == [True] * count
+    assert not is_blank(tmp_path / "it.png")
+
+
+def test_train_metrics():
+    for axes, curves, name, labels in zip(
+        plot("train_metrics"),
+        (INPUT["train_metrics"][::2], INPUT["train_metrics"][1::2]),
+        ("loss", "accuracy (%)"),
+        (["train 0.2500", "test 0.1250"], ["train 95.50 %", "test 96.25 %"]),
+        strict=True,
     ):
-        assert axes.get_xlabel() == "epoch"
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", name)
         assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
         for line, curve in zip(axes.lines, curves, strict=True):
             assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == curve
 
 
-@pytest.mark.parametrize("lists", [([], [], [], []), ([1.0], [1.0], [1.0], [1.0, 2.0])])
-def test_plot_train_metrics_refuses_unequal_or_empty_lists(lists):
-    with pytest.raises(ValueError, match="four lists of one length"):
-        utils.plot_train_metrics(*lists)
+@pytest.mark.parametrize(
+    "losses, expected",
+    [((2.0, 0.04), {"1", "0.5", "0.05"}), ((1.24, 1.01), {"1.05", "1.1", "1.2"})],
+)
+def test_the_loss_axis_has_readable_ticks(losses, expected):
+    axes = plot("train_metrics", losses, (90, 91), losses, (90, 91))[0]
+    low, high = axes.get_ylim()
+    labels = axes.get_yticklabels(which="both")
+    shown = {label.get_text() for label in labels if low <= label.get_position()[1] <= high}
+    assert axes.get_yscale() == "log" and expected <= shown
 
 
-def titles(figure):
-    return [axes.get_title() for axes in figure.axes if axes.images]
-
-
-def test_plot_sample_data_shows_what_enters_the_model():
-    _, test_data = utils.load_data("digits")
-    loader = utils.BatchLoader(test_data, 30)
-    figure = utils.plot_sample_data(loader, title="digits")
-    assert isinstance(figure, Figure) and figure.get_suptitle() == "digits"
-    images, labels = next(iter(loader))
-    assert titles(figure) == [test_data.classes[label] for label in labels[:24]]
-    shown = figure.axes[5].images[0].get_array()
-    assert torch.equal(torch.from_numpy(shown.data), images[5, 0])
-
-
-def test_plot_sample_data_takes_any_loader(samples):
+def test_sample_data_is_what_enters_the_model(samples):
+    axes, (images, labels) = plot("sample_data"), next(iter(LOADER))
+    assert image_titles(axes) == [DATA.classes[label] for label in labels]
+    np.testing.assert_array_equal(axes[5].images[0].get_array(), images[5, 0])
+    assert axes[5].images[0].get_clim() == (images.min(), images.max())  # the same grey for all
     state = torch.get_rng_state()
-    assert titles(utils.plot_sample_data(DataLoader(samples, 5))) == list("01234")
-    assert len(titles(utils.plot_sample_data(DataLoader(samples, 64, shuffle=True)))) == 24
+    assert image_titles(plot("sample_data", DataLoader(samples, 5))) == list("01234")
+    assert len(image_titles(plot("sample_data", DataLoader(samples, 64, shuffle=True)))) == 24
     assert torch.equal(torch.get_rng_state(), state)
-    train_data, _ = utils.load_data("digits")
-    subset = utils.BatchLoader(Subset(train_data, [0]), 5)
-    assert titles(utils.plot_sample_data(subset)) == [train_data.classes[train_data.targets[0]]]
+
+
+def test_the_most_confident_mistakes_come_first():
+    axes = plot("misclassified")
+    assert image_titles(axes) == [
+        f"{DATA.classes[TARGETS[i]]}\n→ {DATA.classes[PREDICTIONS[i]]}, {percent} %"
+        for i, percent in zip(WRONG, (90, 80, 70), strict=True)
+    ]
+    images = torch.cat([images for images, _ in LOADER])
+    np.testing.assert_array_equal(axes[0].images[0].get_array(), images[20, 0])
+    axes = plot("misclassified", LOADER, (TARGETS + 1) % 10, PROBABILITIES, TARGETS)
+    assert len(image_titles(axes)) == 24
+    assert image_titles(plot("misclassified", LOADER, TARGETS, PROBABILITIES, TARGETS)) == []
+    assert plt.gcf().texts[0].get_text() == "none"
+
+
+def test_confusion_matrix_colours_only_the_errors():
+    (axes,) = plot("confusion_matrix")
+    expected = np.zeros((10, 10))
+    np.add.at(expected, (TARGETS, PREDICTIONS), 1)
+    counts = [int(text.get_text() or 0) for text in axes.texts]
+    np.testing.assert_array_equal(counts, expected.ravel())
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    assert [label.get_text() for label in axes.get_xticklabels()] == DATA.classes
+
+
+def test_prediction_shows_image_and_probabilities():
+    left, middle, right = plot("prediction")
+    np.testing.assert_allclose(left.images[0].get_array(), 1 - PREPARED / 255, atol=0.01)
+    np.testing.assert_array_equal(middle.images[0].get_array(), PREPARED)
+    heights = [bar.get_height() for bar in right.patches]
+    np.testing.assert_allclose(heights, 100 * PROBABILITIES[0])
+    assert [label.get_text() for label in right.get_xticklabels()] == DATA.classes
+    *_, right = plot("prediction", *INPUT["prediction"][:3])
+    assert [label.get_text() for label in right.get_xticklabels()] == list("0123456789")
+
+
+SHUFFLED = utils.BatchLoader(Subset(DATA, range(30)), 8, shuffle=True)
+COLOUR = [(torch.zeros(30, 3, 28, 28), TARGETS)]
 
 
 @pytest.mark.parametrize(
-    "loader, shape", [([], "(0,)"), ([(torch.zeros(2, 784), torch.zeros(2))], "(2, 784)")]
+    "name, values, message",
+    [
+        ("train_metrics", ([], [], [], []), "entry per epoch"),
+        ("train_metrics", ([1.0], [1.0], [1.0], [1.0, 2.0]), "entry per epoch"),
+        ("sample_data", (COLOUR,), r"\(N, 1, H, W\)"),
+        ("misclassified", (SHUFFLED, *INPUT["misclassified"][1:]), "does not shuffle"),
+        ("misclassified", (COLOUR, *INPUT["misclassified"][1:]), r"\(N, 1, H, W\)"),
+        ("confusion_matrix", (PREDICTIONS, TARGETS, DATA.classes[:5]), "from 0 to 4"),
+        ("prediction", (*INPUT["prediction"][:3], DATA.classes[:5]), "10 names of classes, got 5"),
+    ],
 )
-def test_plot_sample_data_refuses_what_is_no_image(loader, shape):
-    with pytest.raises(ValueError, match=r"\(N, 1, H, W\), got " + re.escape(shape)):
-        utils.plot_sample_data(loader)
-
-
-def guesses():
-    """A loader of 30 digits, and predictions of which every tenth is wrong, ever more confident."""
-    loader = utils.BatchLoader(Subset(DATA, range(30)), 8)
-    targets = loader.targets
-    predictions, confidences = targets.clone(), torch.full((30,), 0.6)
-    predictions[::10] = (targets[::10] + 1) % 10
-    confidences[::10] = torch.tensor([0.7, 0.8, 0.9])
-    probabilities = torch.full((30, 10), 0.01)
-    probabilities[range(30), predictions] = confidences
-    return loader, predictions, probabilities, targets
-
-
-def test_plot_misclassified_shows_the_most_confident_mistakes_first():
-    loader, predictions, probabilities, targets = guesses()
-    figure = utils.plot_misclassified(loader, predictions, probabilities, targets, title="wrong")
-    assert figure.get_suptitle() == "wrong"
-    expected = [
-        f"{DATA.classes[targets[i]]}\n→ {DATA.classes[predictions[i]]}, {percent} %"
-        for i, percent in ((20, 90), (10, 80), (0, 70))
-    ]
-    assert titles(figure) == expected
-    shown = torch.from_numpy(figure.axes[0].images[0].get_array().data)
-    assert torch.equal(shown, torch.cat([images for images, _ in loader])[20, 0])
-    figure = utils.plot_misclassified(loader, targets, probabilities, targets)
-    assert titles(figure) == [] and figure.texts[0].get_text() == "none"
-    figure = utils.plot_misclassified(loader, (targets + 1) % 10, probabilities, targets)
-    assert len(titles(figure)) == 24
-
-
-def test_plot_misclassified_refuses_another_order():
-    _, predictions, probabilities, targets = guesses()
-    loader = utils.BatchLoader(Subset(DATA, range(30)), 8, shuffle=True)
-    with pytest.raises(ValueError, match="does not shuffle"):
-        utils.plot_misclassified(loader, predictions, probabilities, targets)
-    coloured = [(torch.zeros(30, 3, 28, 28), targets)]
-    with pytest.raises(ValueError, match=r"\(N, 1, H, W\)"):
-        utils.plot_misclassified(coloured, predictions, probabilities, targets)
-
-
-def test_plot_confusion_matrix_colours_the_errors_alone():
-    _, predictions, _, targets = guesses()
-    figure = utils.plot_confusion_matrix(predictions, targets, DATA.classes, title="it")
-    (axes,) = figure.axes
-    errors = axes.images[0].get_array()
-    assert errors.diagonal().sum() == 0 and errors.sum() == 3
-    texts = [text.get_text() for text in axes.texts]
-    assert sum(int(text or 0) for text in texts) == 30 and texts.count("") > 80
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
-    assert [label.get_text() for label in axes.get_xticklabels()] == DATA.classes
-    assert figure.get_suptitle() == "it"
-    for wrong in (targets[:5], targets[:0]):
-        with pytest.raises(ValueError, match=f"got {len(wrong)} and"):
-            utils.plot_confusion_matrix(wrong, targets if len(wrong) else wrong, DATA.classes)
-    with pytest.raises(ValueError, match="from 0 to 4, since there are 5"):
-        utils.plot_confusion_matrix(predictions, targets, DATA.classes[:5])
-
-
-def test_plot_prediction_shows_image_and_probabilities():
-    image = 255 - DATA.data[0].numpy()
-    figure = utils.plot_prediction(
-        image, torch.arange(10) / 45, DATA.data[0].numpy(), DATA.classes, title="it"
-    )
-    left, middle, right = figure.axes
-    assert left.images[0].get_array().max() == 1 and middle.images[0].get_array().max() == 255
-    heights = [bar.get_height() for bar in right.patches]
-    assert heights == pytest.approx([100 * number / 45 for number in range(10)])
-    assert [label.get_text() for label in right.get_xticklabels()] == DATA.classes
-    assert figure.get_suptitle() == "it"
+def test_wrong_input_is_refused_before_a_figure_is_opened(name, values, message):
+    with pytest.raises(ValueError, match=message):
+        plot(name, *values)
+    assert plt.get_fignums() == []
