@@ -386,8 +386,8 @@ def load_data(name="auto", root=None):
     MNIST and Fashion-MNIST are compared with the SHA-256 of the published images and labels. The
     others must have 28×28 pixels, a label for each image and labels in range.
 
-    Raises ValueError for an unknown name and for damaged files, and FileNotFoundError if files are
-    missing and cannot be downloaded.
+    Raises ValueError for an unknown name and for damaged files, FileNotFoundError if files are
+    missing and cannot be downloaded, and any other OSError as the disk raised it.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
     if not dist.is_initialized():
@@ -397,7 +397,7 @@ def load_data(name="auto", root=None):
         if turn == dist.get_rank():
             pair = _load(chosen[0], root)
             chosen = [pair[0].name]
-        dist.broadcast_object_list(chosen, src=turn)  # the others wait here for this process
+        dist.broadcast_object_list(chosen, src=turn)  # those whose turn comes later wait here
     return pair
 
 
@@ -607,7 +607,7 @@ class RandomAffine:
     scale: (low, high), factors above 0.
     shear: largest shear along x in degrees, in both directions, below 90.
 
-    Raises ValueError for a value out of its range.
+    Raises ValueError for translate, scale or shear out of range.
     """
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
