@@ -876,7 +876,7 @@ def _resize(values, shape):
 
 # --- plots
 #
-# Like pyplot's own functions, these draw a new figure and leave it open: a notebook shows it once
+# Like pyplot's own functions, these draw a new figure and leave it open: a notebook shows it when
 # its cell has run, plt.savefig() saves it, and in a script plt.show() opens a window.
 
 
@@ -931,21 +931,14 @@ def plot_misclassified(loader, predictions, probabilities, targets, *, title=Non
     """
     images, labels = (torch.cat(batches).cpu() for batches in zip(*loader, strict=True))
     if not torch.equal(labels, targets):
-        raise ValueError(
-            "the loader's labels differ from targets: expected the loader that the predictions "
-            "were made with, one that does not shuffle"
-        )
+        raise ValueError("the loader's labels differ from targets: use one that does not shuffle")
     confidences = probabilities.max(dim=1).values
     wrong = (predictions != targets).nonzero().flatten()
     wrong = wrong[confidences[wrong].argsort(descending=True)][:24]
+    labels, guesses = (_class_names(loader, values[wrong]) for values in (targets, predictions))
     titles = [
-        f"{label}\n→ {prediction}, {100 * confidence:.0f} %"
-        for label, prediction, confidence in zip(
-            _class_names(loader, targets[wrong]),
-            _class_names(loader, predictions[wrong]),
-            confidences[wrong],
-            strict=True,
-        )
+        f"{label}\n→ {guess}, {100 * confidence:.0f} %"
+        for label, guess, confidence in zip(labels, guesses, confidences[wrong], strict=True)
     ]
     _plot_images(images[wrong], titles, title)
 

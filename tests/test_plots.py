@@ -67,7 +67,7 @@ def test_a_notebook_shows_each_figure_once(tmp_path, monkeypatch):
         call: 1,
         f"{call}\nnumber = 1": 1,
         f"{call}\n{call}": 2,
-        f"for _ in range(3):\n    {call}": 3,
+        f"for _ in range(2):\n    {call}": 2,
         f"{call}\nplt.show()": 1,
         f"{call}\nplt.savefig({str(tmp_path / 'it.png')!r})": 1,
     }
@@ -108,9 +108,10 @@ def test_sample_data_is_what_enters_the_model(samples):
     axes, (images, labels) = plot("sample_data"), next(iter(LOADER))
     assert image_titles(axes) == [DATA.classes[label] for label in labels]
     np.testing.assert_array_equal(axes[5].images[0].get_array(), images[5, 0])
-    assert axes[5].images[0].get_clim() == (images.min(), images.max())  # the same grey for all
     state = torch.get_rng_state()
-    assert image_titles(plot("sample_data", DataLoader(samples, 5))) == list("01234")
+    axes = plot("sample_data", DataLoader(samples, 5))
+    assert image_titles(axes) == list("01234")
+    assert len({axes[index].images[0].get_clim() for index in range(5)}) == 1  # one grey scale
     assert len(image_titles(plot("sample_data", DataLoader(samples, 64, shuffle=True)))) == 24
     assert torch.equal(torch.get_rng_state(), state)
 
