@@ -1,4 +1,4 @@
-"""Train, test, data, plot and checkpoint helpers for small image classifiers; bring your own model.
+"""Train, test, data, plot and checkpoint helpers for small image classifiers.
 
 In short:
 
@@ -39,6 +39,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import datasets
 from tqdm.auto import tqdm
+
+__all__ = [
+    "BatchLoader", "Digits", "Metrics", "RandomAffine", "RunningMetrics", "back_up_checkpoint",
+    "data_parallel", "drawing_pad", "end_distributed", "get_correct_pred_count", "get_device",
+    "init_distributed", "load_checkpoint", "load_data", "plot_confusion_matrix",
+    "plot_misclassified", "plot_prediction", "plot_sample_data", "plot_train_metrics",
+    "predict", "predict_image", "print_epoch", "progress_bar", "resume", "save_checkpoint",
+    "set_seed", "test", "train",
+]  # fmt: skip
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
 WORK = 400  # pixels along the longer side at which a digit is looked for
@@ -199,14 +208,15 @@ class RunningMetrics:
     """
 
     def __init__(self, criterion, losses=None, accuracies=None, optimizer=None):
-        for values in (losses, accuracies):
+        self.lists = losses, accuracies
+        for values in self.lists:
             if values is not None and not hasattr(values, "append"):
                 raise TypeError(
                     "expected a list for the losses and one for the accuracies, got "
                     f"{type(values).__name__}; a scheduler is passed by name: scheduler=..."
                 )
         self.is_sum = getattr(criterion, "reduction", "mean") == "sum"
-        self.losses, self.accuracies, self.optimizer = losses, accuracies, optimizer
+        self.optimizer = optimizer
         self.loss_sum = self.correct = self.count = 0
 
     def update(self, loss, output, target):
@@ -223,30 +233,27 @@ class RunningMetrics:
         self.correct = self.correct + (output.argmax(dim=1) == target).sum()
         self.count += len(target)
 
-    def compute(self):
-        """Return the `Metrics` of this process so far. Waits for the device."""
-        return self._mean(float(self.loss_sum), int(self.correct), self.count)
-
-    def finish(self):
-        """Return the `Metrics` of all processes together, appended to the lists."""
-        sums = _sum_over_processes(float(self.loss_sum), int(self.correct), self.count)
-        metrics = self._mean(*sums)
-        if self.losses is not None:
-            self.losses.append(metrics.loss)
-        if self.accuracies is not None:
-            self.accuracies.append(metrics.accuracy)
-        return metrics
-
-    def _mean(self, loss_sum, correct, count):
+    def compute(self, all_processes=False):
+        """Return the `Metrics` so far. Waits for the device, and for the others if asked to."""
+        sums = float(self.loss_sum), int(self.correct), self.count
+        loss_sum, correct, count = _sum_over_processes(sums) if all_processes else sums
         if count == 0:
             raise ValueError(EMPTY)
         if not math.isfinite(loss_sum):
-            advice = ""
+            rate = ""
             if self.optimizer is not None:
-                rate = float(self.optimizer.param_groups[0]["lr"])
-                advice = f"; the learning rate is {rate:g} here, try a lower one"
-            raise FloatingPointError(f"the loss is not finite ({loss_sum}){advice}")
+                lr = float(self.optimizer.param_groups[0]["lr"])
+                rate = f" at learning rate {lr:g}: try a lower one"
+            raise FloatingPointError(f"the loss is not finite ({loss_sum}){rate}")
         return Metrics(loss_sum / count, 100 * correct / count)
+
+    def finish(self):
+        """Append the `Metrics` of all processes together to the lists, and return them."""
+        metrics = self.compute(all_processes=True)
+        for values, value in zip(self.lists, metrics, strict=True):
+            if values is not None:
+                values.append(value)
+        return metrics
 
 
 def progress_bar(loader, description, metrics, show=True):
@@ -349,7 +356,7 @@ def _from_first(value):
     return values[0]
 
 
-def _sum_over_processes(*numbers):
+def _sum_over_processes(numbers):
     if _world_size() == 1:
         return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -211,27 +211,26 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     assert f"{count:,} parameters" in readme
 
 
-def test_readme_examples_run(folder, capsys):
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST
-            exec(example, {})
-    printed = capsys.readouterr().out
-    assert re.fullmatch(r"(Metrics\(loss=[\d.]+, accuracy=[\d.]+\)\n){4}", printed)
-    assert float(re.findall(r"accuracy=([\d.]+)", printed)[-1]) > 90
-
-
-def test_readme_names_every_public_helper():
+def test_readme_example_runs(folder, capsys):
     readme = (ROOT / "README.md").read_text()
-    public = [
-        name
-        for name, value in vars(utils).items()
-        if getattr(value, "__module__", "") == "utils" and not name.startswith("_")
-    ]
-    assert "train" in public and "BatchLoader" in public
-    for name in public:
-        assert re.search(rf"^\|.*`{name}\b", readme, re.MULTILINE), name
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST
+        exec(example, {})
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"(Metrics\(loss=[\d.]+, accuracy=[\d.]+\)\n){2}", printed)
+    assert float(re.findall(r"accuracy=([\d.]+)", printed)[-1]) > 80
+
+
+def test_a_star_import_brings_what_is_documented():
+    names = {}
+    exec("from utils import *", names)
+    del names["__builtins__"]
+    assert names.keys() == set(utils.__all__)
+    own = {
+        name for name, value in vars(utils).items() if getattr(value, "__module__", "") == "utils"
+    }
+    assert names.keys() == {name for name in own if not name.startswith("_")}
+    assert all(value.__doc__ for value in names.values())
 
 
 def test_utils_does_not_import_model():

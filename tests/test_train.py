@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_epoch(linear, samples, batches, val
 
     lists = [], []
     optimizer = sgd(linear, lr=0.25)
-    with pytest.raises(FloatingPointError, match="loss is not finite.*learning rate is 0.25 "):
+    with pytest.raises(FloatingPointError, match="loss is not finite.*at learning rate 0.25:"):
         utils.train(linear, "cpu", loader(), optimizer, F.nll_loss, *lists)
     assert len(done) <= 50
     with pytest.raises(FloatingPointError, match="loss is not finite"):
