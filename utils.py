@@ -20,6 +20,7 @@ import random
 import sys
 import time
 import warnings
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ __all__ = [
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
 WORK = 400  # pixels along the longer side at which a digit is looked for
 PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
+PARALLEL_MODELS = weakref.WeakSet()  # what data_parallel has returned
 EMPTY = "the loader is empty: expected at least one batch of (images, labels)"
 DIGESTS = {  # SHA-256 of the decoded images and labels: the training split's, the test split's
     "MNIST": (
@@ -311,9 +313,11 @@ def init_distributed():
                 "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
             )
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    # Imported later, by DDP, this module would keep the group alive (see end_distributed).
+    from torch.distributed.nn import functional  # noqa: F401
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     if _rank() > 0:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
@@ -328,16 +332,25 @@ def data_parallel(model):
     Each process trains on its share of a batch, and their gradients are averaged. Batch norm
     normalises each share by itself; the running statistics of the first process count.
     """
-    return model if _world_size() == 1 else DistributedDataParallel(model)
+    if _world_size() == 1:
+        return model
+    parallel_model = DistributedDataParallel(model)
+    PARALLEL_MODELS.add(parallel_model)
+    return parallel_model
 
 
 def end_distributed():
     """End all processes but the first, which goes on alone."""
-    if _world_size() > 1:
-        rank = _rank()
-        dist.destroy_process_group()
-        if rank > 0:
-            sys.exit()
+    if _world_size() == 1:
+        return
+    rank = _rank()
+    # A thread of Gloo's that is alive when Python exits may abort the process (PyTorch issue
+    # 190489). They end with the last reference to the group, and these are references.
+    for parallel_model in PARALLEL_MODELS:
+        parallel_model.process_group = parallel_model.reducer = parallel_model.logger = None
+    dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
 
 
 def _rank():

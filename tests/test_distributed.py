@@ -97,8 +97,12 @@ def worker(folder):
     utils.DIGESTS.clear()  # and is made up
     results["dataset"] = utils.load_data("auto")[0].name
     torch.save(results, Path(folder) / f"{rank}.pt")
-    end_distributed()
-    print("alone", len(list(BatchLoader(digits(9), 3))))
+    try:
+        end_distributed()
+        print("alone", len(list(BatchLoader(digits(9), 3))))
+    finally:  # rank 1 ends there
+        names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+        (Path(folder) / f"{rank}.threads").write_text("".join(names))
 
 
 if __name__ == "__main__":
@@ -118,7 +122,11 @@ def ranks(tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "2 processes, each on the CPU\nrank 0\nalone 3\n"
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    assert "Grad strides" not in run.stderr
+    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    for rank, result in enumerate(results):
+        result["threads"] = (folder / f"{rank}.threads").read_text()
+    return results
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -168,6 +176,12 @@ def test_what_several_processes_cannot_do_is_refused(ranks):
     for rank in ranks:
         assert "multiple of the number of processes, 2, got 3" in rank["odd batch size"]
         assert "after end_distributed()" in rank["predict"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not in /proc")
+def test_no_thread_of_the_group_is_left_to_abort_a_process_at_its_exit(ranks):
+    for rank in ranks:
+        assert "python" in rank["threads"] and "gloo" not in rank["threads"]
 
 
 # --- in one process
