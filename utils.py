@@ -55,15 +55,9 @@ WORK = 400  # pixels along the longer side at which a digit is looked for
 PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 PARALLEL_MODELS = weakref.WeakSet()  # what data_parallel has returned
 EMPTY = "the loader is empty: expected at least one batch of (images, labels)"
-DIGESTS = {  # SHA-256 of the decoded images and labels: the training split's, the test split's
-    "MNIST": (
-        "d18cfd466eb143ac1097fde604dba9eec4116885869d04cc648b510949f9e88c",
-        "a0863a96c44e5666edbb30c4071ee79ca0514c621e6349c5967fc78e7305c891",
-    ),
-    "FashionMNIST": (
-        "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a",
-        "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e",
-    ),
+DIGESTS = {  # of the decoded images and labels: the training split's, the test split's
+    "MNIST": ("d18cfd466eb143ac1097fde604dba9ee", "a0863a96c44e5666edbb30c4071ee79c"),
+    "FashionMNIST": ("1f243a60b4b748a44c48b9a6f6907be2", "9a494dc49efeb996f4076c469b31cd05"),
 }
 
 
@@ -483,7 +477,7 @@ def _find_damage(data, name):
     if name in DIGESTS:
         digest = hashlib.sha256(images.numpy())
         digest.update(targets.numpy())
-        if digest.hexdigest() != DIGESTS[name][0 if data.train else 1]:
+        if digest.hexdigest()[:32] != DIGESTS[name][0 if data.train else 1]:
             return "not the published images and labels"
     return None
 
@@ -1055,9 +1049,9 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     hyperparameters: a dictionary, by which `resume` tells this run from another.
     state: by name, the model, the optimizer and whatever else has a `state_dict()`, and lists.
 
-    Raises ValueError where a part could not be read back: what is saved may consist of tensors,
-    numbers, strings, lists, tuples and dictionaries; and OSError where the file cannot be written.
-    The previous checkpoint is then untouched.
+    Raises ValueError if something else than tensors, numbers, strings, lists, tuples and
+    dictionaries is to be saved, and OSError if the file cannot be written. The previous checkpoint
+    is then untouched.
     """
     if _rank() > 0:
         return
@@ -1073,7 +1067,6 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
         checkpoint[name] = part if isinstance(part, list) else part.state_dict()
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    _read_checkpoint(buffer, path)  # refused now, rather than when it is needed
     unfinished = path.with_name(f"{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1081,6 +1074,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
             file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
+        load_checkpoint(unfinished)  # what cannot be read is refused now, not when it is needed
         os.replace(unfinished, path)
     except OSError as error:
         message = f"could not write the checkpoint ({error.strerror})"
@@ -1096,10 +1090,25 @@ def load_checkpoint(path):
     Its keys are epoch, hyperparameters, types, random_state, cuda_random_state and the names that
     `save_checkpoint` was given.
 
-    Raises FileNotFoundError where there is no file and ValueError where it is damaged or something
-    else than a checkpoint.
+    Raises FileNotFoundError if there is no file, and ValueError if it is damaged or is no
+    checkpoint.
     """
-    return _read_checkpoint(io.BytesIO(Path(path).read_bytes()), path)
+    file = io.BytesIO(Path(path).read_bytes())
+    try:
+        damaged = zipfile.ZipFile(file).testzip()  # compares CRC32s, which torch.load does not
+        if damaged is not None:
+            raise ValueError(f"wrong checksum: {damaged}")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not {"epoch", "hyperparameters", "types", "random_state"} <= set(checkpoint):
+            raise ValueError("some of a checkpoint's keys are missing")
+    except Exception as error:  # zipfile and torch.load raise errors of many types
+        raise ValueError(
+            f"'{path}' cannot be read: it is damaged, or contains something else than tensors, "
+            "numbers, strings, lists and dictionaries. Go back to an earlier checkpoint, or start "
+            "a new run with RESUME = False"
+        ) from error
+    return checkpoint
 
 
 def resume(path, hyperparameters, **state):
@@ -1159,24 +1168,6 @@ def back_up_checkpoint(path):
             return
     path.replace(f"{path}.bak")
     print(f"The checkpoint of the run before is now {path}.bak")
-
-
-def _read_checkpoint(file, path):
-    try:
-        damaged = zipfile.ZipFile(file).testzip()  # compares CRC32s, which torch.load does not
-        if damaged is not None:
-            raise ValueError(f"wrong checksum: {damaged}")
-        file.seek(0)
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if not {"epoch", "hyperparameters", "types", "random_state"} <= set(checkpoint):
-            raise ValueError("some of a checkpoint's keys are missing")
-        return checkpoint
-    except Exception as error:  # damage makes zipfile and torch.load raise errors of many types
-        raise ValueError(
-            f"'{path}' cannot be read: it is damaged, or holds something else than a checkpoint of "
-            "tensors, numbers, strings, lists and dictionaries. Go back to an earlier one, or "
-            "start a new run with RESUME = False"
-        ) from error
 
 
 def _types(state):
