@@ -45,8 +45,6 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used 
 DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 DAMAGED = "the files in '{}' are damaged ({}): delete that folder to download them again"
-WORK = 400  # pixels along the longer side at which a digit is looked for
-PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 READ_EVERY = 50  # batches between two looks at the losses, each of which waits for the device
 RAW_MD5 = {  # of the unpacked files; torchvision knows those of the archives alone
     "MNIST": {
@@ -690,130 +688,104 @@ def affine_matrices(angle, translate, scale, shear):
     return torch.cat((inverse, -shift), dim=2)
 
 
-# --- one image, as people have it
+# --- one photo or scan
+
+SMALLEST_SIDE = 8  # pixels; in fewer there is no digit to be seen
+SHOWN_SIDE = 1_000  # pixels along the longer side of what is kept of a photo: as a screen shows it
+SEARCH_SIDE = 400  # pixels along the longer side at which ink is looked for: a pen has 4 or more
+NEAR_EXTENT = 160  # pixels; a digit smaller than this is looked at again, from nearer
+NEAR_MARGIN = 0.5  # of the digit's extent, kept on each side of it when it is looked at again
+STROKE_LIMIT = 0.3  # of the shorter side; what is broader than this is light and shade, not ink
+FAINTEST_INK = 0.06  # grey levels from 0 to 1; the least by which ink differs from its paper
+NOISE_LIMIT = 6  # standard deviations of the paper's grain; rarely reached by chance in 160,000 pixels
+SURE_INK, FAINT_INK, FAINTER_INK = 0.6, 0.4, 0.2  # of the darkest ink; strokes 
+LINE_RATIO = 0.15
+BORDER_FACTOR = 0.4
+RIVAL = 0.6
+APART = 0.3
+TOUCHING = 0.2
+SPECK = 0.12
+FRAMED = 0.3
+PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 
 
 def predict_image(model, image):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, prepared)`.
-
-    probabilities: float tensor (classes,) that sums to 1; a low maximum says that the model is not
-        sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
-
-    image: a path, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 to 4) or
-        (1 to 4, H, W), of bytes or of floats 0 to 1; dark on light or light on dark, in any light,
-        the digit anywhere and of any size, with some paper around it; specks, paler lines, and
-        parts of other digits that touch the border do not matter.
-
-    The digit is prepared as MNIST's were, its box scaled to 20×20 pixels and its centre of mass put
-    into the middle of 28×28 (http://yann.lecun.com/exdb/mnist), and thin pens are made as broad as
-    MNIST's.
-
-    Raises OSError where there is no such file, or it may not be read, and ValueError where the
-    image is none, is smaller than 8×8 or larger than Pillow's limit of some 89 million pixels, has
-    no ink in it or several digits.
     """
-    prepared = _prepare(_find_digit(_upright_grey(image)))
-    data = SimpleNamespace(data=torch.from_numpy(prepared)[None], targets=torch.zeros(1).long())
-    like = next(model.parameters(), torch.empty(0))  # of its type, on its device
-    batches = [(images.to(like), labels) for images, labels in BatchLoader(data, 1)]
-    predictions, probabilities, _ = predict(model, like.device, batches)
-    return int(predictions), probabilities[0], prepared
+    prepared = _mnist_form(_find_digit(_upright_grey(image)))
+    like = next(model.parameters())
+    data = (torch.from_numpy(prepared).to(like) / 255 - MEAN) / STD
+    model.eval()
+    with torch.no_grad():
+        output = model(data[None, None])  # (1, 1, 28, 28) to (1, classes)
+    probabilities = output[0].softmax(dim=0).cpu()
+    if probabilities.isnan().any():
+        raise FloatingPointError("the model's output is nan: its weights are not finite")
+    return int(probabilities.argmax()), probabilities, prepared
 
 
 def _upright_grey(image):
-    """Return an image as floats (H, W), 0 to 1, its longer side at most 1,000 pixels."""
-    if isinstance(image, (str, os.PathLike, Image.Image)):
-        picture = _open(image)
-    else:
-        picture = _from_array(image)
-    width, height = picture.size
-    limit = Image.MAX_IMAGE_PIXELS or math.inf
-    if min(width, height) < 8 or width * height > limit:
-        raise ValueError(f"expected an image of 8×8 to {limit:,} pixels, got {width}×{height}")
-    if picture.mode.startswith(("I", "F")):  # more than 8 bits
-        picture = ImageOps.exif_transpose(picture)
-        values = np.nan_to_num(np.asarray(picture, float))
-        picture = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype("u1"))
-    has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-    picture = picture.convert("LA" if has_alpha else "L")
-    picture = ImageOps.exif_transpose(picture.reduce(math.ceil(max(picture.size) / 1000)))
-    if not has_alpha:
-        return np.asarray(picture, float) / 255
-    grey, alpha = np.moveaxis(np.asarray(picture, float) / 255, 2, 0)
-    paper = float(np.average(grey, weights=alpha + 1e-9) < 0.5)  # dark ink is laid on white
+    """Return a photo as greys (H, W), 0 to 1, upright, its longer side at most SHOWN_SIDE."""
+    if isinstance(image, (str, os.PathLike)):
+        return _upright_grey(_open(image))
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"expected a path or a PIL image, got {type(image).__name__}; an array becomes an "
+            "image by Image.fromarray(array)"
+        )
+    if min(image.size) < SMALLEST_SIDE:
+        width, height = image.size
+        raise ValueError(f"expected an image of at least 8×8 pixels, got {width}×{height}")
+    is_deep = image.mode.startswith(("I", "F"))  # more than 8 bits
+    mode = "F" if is_deep else "LA" if image.has_transparency_data else "L"
+    small = image.convert(mode).reduce(math.ceil(max(image.size) / SHOWN_SIDE))
+    values = np.asarray(ImageOps.exif_transpose(small), float)
+    if is_deep:
+        values = np.nan_to_num(values)
+        return (values / max(values.max(), 1)).clip(0, 1)
+    if mode == "L":
+        return values / 255
+    grey, alpha = np.moveaxis(values / 255, 2, 0)
+    paper = float((grey * alpha).sum() < 0.5 * alpha.sum())  # dark ink is laid on white
     return grey * alpha + paper * (1 - alpha)
 
 
-def _open(image):
-    """Read an image from a path, or what a PIL image has not yet read of its file."""
+def _open(path):
+    picture = Image.open(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = image if isinstance(image, Image.Image) else Image.open(image)
-            picture.load()
-        return picture
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
+        picture.load()
     except Exception as error:  # Pillow's readers raise of every kind
-        raise ValueError(
-            f"'{image}' was not read: expected an image of a kind that Pillow knows, of at most "
-            f"{Image.MAX_IMAGE_PIXELS or math.inf:,} pixels ({error!r:.200})"
-        ) from error
-
-
-def _from_array(values):
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
-    array = np.asarray(values)
-    if array.ndim == 3 and array.shape[2] > 4 >= array.shape[0]:  # channels first
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    numbers = array.dtype.kind in "buif" and array.size > 0 and np.isfinite(array).all()
-    fits = array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4)
-    if not (numbers and fits and 0 <= array.min() <= array.max() <= 255):
-        span = f", {array.min()} to {array.max()}" if numbers else ""
-        raise ValueError(
-            "expected a path, a PIL image or an array (H, W) or (H, W, 1 to 4) of bytes 0 to 255 "
-            f"or floats 0 to 1, got {type(values).__name__}: {array.dtype} {array.shape}{span}"
-        )
-    if array.max() < 1.1:  # a little above 1 is what resizing may leave
-        array = 255 * array.astype(float).clip(max=1)
-    return Image.fromarray(array.round().astype(np.uint8))
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    return picture
 
 
 def _find_digit(grey):
-    """Return the mask (H, W) of the digit's ink, cut to its box, at a scale of its own."""
-    for last in (False, True):
-        scale = WORK / max(grey.shape)
-        small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-        ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
-        for low in (0.4, 0.2):  # where thin strokes fall apart, a second look
-            parts = filters.apply_hysteresis_threshold(ink, low, 0.6)
-            digit, others = _choose(parts)
-            if not others:
-                break
-        else:
-            raise ValueError("found several digits in the image: expected one; cut the image to it")
-        rows, columns = ndimage.find_objects(digit)[0]
-        extent = max(rows.stop - rows.start, columns.stop - columns.start)
-        if last or extent > 0.4 * WORK or scale >= 1:
-            return digit[rows, columns] > 0
-        grey = grey[  # look again, nearer
-            tuple(
-                slice(
-                    max(0, int((s.start - 0.5 * extent) / scale)),
-                    int((s.stop + 0.5 * extent) / scale),
-                )
-                for s in (rows, columns)
-            )
-        ]
+    mask, scale = _look(grey)
+    (rows, columns), = ndimage.find_objects(mask)
+    extent = max(rows.stop - rows.start, columns.stop - columns.start)
+    if extent <= NEAR_EXTENT and scale < 1:
+        margin = NEAR_MARGIN * extent
+        nearer = tuple(
+            slice(max(0, int((side.start - margin) / scale)), int((side.stop + margin) / scale))
+            for side in (rows, columns)
+        )
+        mask, _ = _look(grey[nearer])
+        (rows, columns), = ndimage.find_objects(mask)
+    return mask[rows, columns] > 0
 
 
-def _ink(grey):
-    """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
-    # The paper's light: a quadratic surface, fitted again and again without what is far from it.
+def _look(grey):
+    scale = SEARCH_SIDE / max(grey.shape)
+    small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
+    ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
+    for faint in (FAINT_INK, FAINTER_INK):  # where thin strokes fall apart, a second look
+        mask, several = _choose(filters.apply_hysteresis_threshold(ink, faint, SURE_INK))
+        if not several:
+            return mask, scale
+    raise ValueError("found several digits in the image: expected one; cut the image to it")
+
+
+def _polarity(grey):
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
     values, few = grey[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
@@ -825,12 +797,19 @@ def _ink(grey):
     smooth = grey - terms @ weights
     if (off**3).sum() > 0:
         smooth = -smooth  # light ink on dark paper
-    size = round(0.3 * min(grey.shape)) | 1
+    return smooth
+
+
+def _ink(grey):
+    """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
+    # The paper's light: a quadratic surface, fitted again and again without what is far from it.
+    smooth = _polarity(grey)
+    size = round(STROKE_LIMIT * min(grey.shape)) | 1
     light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
     ink = ndimage.gaussian_filter(light, size / 4) - smooth
     low, middle, level = np.percentile(ink, (5, 30, 99.95))
     noise = (middle - low) / 1.12  # standard deviation, as if normal, of what is sure to be paper
-    if level < max(0.06, 6 * noise):
+    if level < max(FAINTEST_INK, NOISE_LIMIT * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
             "lighter, than the paper around it"
@@ -840,60 +819,68 @@ def _ink(grey):
 
 def _choose(mask):
     """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
-    height, width = mask.shape
-
-    def extent(part):
-        top, left, bottom, right = part.bbox
-        return max(bottom - top, right - left)
-
-    def edges(part):  # of the image, that it touches
-        top, left, bottom, right = part.bbox
-        return (top == 0) + (left == 0) + (bottom == height) + (right == width)
-
-    def weight(part):
-        top, left, bottom, right = part.bbox
-        tall, wide = bottom - top, right - left
-        if min(tall, wide) < 0.15 * max(tall, wide) and (edges(part) >= 2 or tall < wide):
-            return 0  # a line
-        away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
-        return max(tall, wide) * (1 - away) * 0.4 ** min(edges(part), 2)
-
     labels = measure.label(mask)
-    ranked = sorted(measure.regionprops(labels), key=weight, reverse=True)
-    top, left, bottom, right = ranked[0].bbox
+    parts = sorted(
+        measure.regionprops(labels), key=lambda part: _weight(part, mask.shape), reverse=True
+    )
+    main = parts[0]
     inside = [
         part
-        for part in ranked[1:]
-        if top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom
-        if part.bbox[3] < right and extent(part) > 0.3 * extent(ranked[0])
+        for part in parts[1:]
+        if _is_inside(part, main) and _extent(part) > FRAMED * _extent(main)
     ]
-    main, *others = inside or ranked  # where something is inside it, the first is a frame
+    main, *others = inside or parts  # where something is inside it, the first is a frame
     top, left, bottom, right = main.bbox
-    size, keep, several = extent(main), [main.label], False
+    size, keep, several = _extent(main), [main.label], False
     for part in others:
         above = max(top - part.bbox[2], part.bbox[0] - bottom, 0)
         beside = max(left - part.bbox[3], part.bbox[1] - right)
         gap = math.hypot(above, max(beside, 0))
-        if edges(part) > 0:
+        if _edges(part, mask.shape) > 0:
             continue
-        if weight(part) > 0.6 * weight(main) and (beside >= 0 or gap > 0.3 * size):
+        rivals = _weight(part, mask.shape) > RIVAL * _weight(main, mask.shape)
+        if rivals and (beside >= 0 or gap > APART * size):
             several = True
-        elif gap < 0.2 * size and extent(part) > 0.12 * size:
+        elif gap < TOUCHING * size and _extent(part) > SPECK * size:
             keep.append(part.label)
     return np.isin(labels, keep).astype(int), several
 
 
-def _prepare(digit):
+def _is_inside(part, frame):
+    top, left, bottom, right = frame.bbox
+    return top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom and part.bbox[3] < right
+
+
+def _extent(part):
+    top, left, bottom, right = part.bbox
+    return max(bottom - top, right - left)
+
+
+def _edges(part, shape):  # of the image, that it touches
+    top, left, bottom, right = part.bbox
+    return (top == 0) + (left == 0) + (bottom == shape[0]) + (right == shape[1])
+
+
+def _weight(part, shape):
+    height, width = shape
+    top, left, bottom, right = part.bbox
+    tall, wide = bottom - top, right - left
+    edges = _edges(part, shape)
+    if min(tall, wide) < LINE_RATIO * max(tall, wide) and (edges >= 2 or tall < wide):
+        return 0  # a line
+    away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
+    return max(tall, wide) * (1 - away) * BORDER_FACTOR ** min(edges, 2)
+
+
+def _mnist_form(digit):
     """Bring the mask of a digit into MNIST's form, uint8 (28, 28)."""
     scale = 20 / max(digit.shape)
     inside = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
     thickness = 2 * np.median(inside[morphology.skeletonize(digit)]) - 0.5
-    grow = (PEN / scale - thickness) / 2
-    if grow > 0.5:
-        digit = np.pad(digit, math.ceil(grow) + 1)
-        digit = ndimage.distance_transform_edt(~digit) <= grow
-        digit = digit[ndimage.find_objects(digit.astype(int))[0]]
-        scale = 20 / max(digit.shape)
+    grow = max(0, (PEN / scale - thickness) / 2)
+    digit = morphology.isotropic_dilation(np.pad(digit, math.ceil(grow)), grow)
+    digit = digit[ndimage.find_objects(digit.astype(int))[0]]
+    scale = 20 / max(digit.shape)
     height, width = (max(1, round(side * scale)) for side in digit.shape)
     small = _resize(digit.astype(float), (height, width)).clip(0, 1)
     y, x = ndimage.center_of_mass(small)
