@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -690,78 +689,101 @@ def affine_matrices(angle, translate, scale, shear):
 
 # --- one photo or scan
 
-SMALLEST_SIDE = 8  # pixels; in fewer there is no digit to be seen
-SHOWN_SIDE = 1_000  # pixels along the longer side of what is kept of a photo: as a screen shows it
-SEARCH_SIDE = 400  # pixels along the longer side at which ink is looked for: a pen has 4 or more
-NEAR_EXTENT = 160  # pixels; a digit smaller than this is looked at again, from nearer
-NEAR_MARGIN = 0.5  # of the digit's extent, kept on each side of it when it is looked at again
-STROKE_LIMIT = 0.3  # of the shorter side; what is broader than this is light and shade, not ink
-FAINTEST_INK = 0.06  # grey levels from 0 to 1; the least by which ink differs from its paper
-NOISE_LIMIT = 6  # standard deviations of the paper's grain; rarely reached by chance in 160,000 pixels
-SURE_INK, FAINT_INK, FAINTER_INK = 0.6, 0.4, 0.2  # of the darkest ink; strokes 
-LINE_RATIO = 0.15
-BORDER_FACTOR = 0.4
-RIVAL = 0.6
-APART = 0.3
-TOUCHING = 0.2
-SPECK = 0.12
-FRAMED = 0.3
-PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
+# Lengths are in pixels; a share is a part of 1. "Chosen" values were tried on photos and on
+# tests/handwriting.py's synthetic ones, where small changes to them make little difference.
+SMALLEST_SIDE = 8  # pixels; an image with a shorter side is refused: a digit needs that many
+SHOWN_SIDE = 1_000  # pixels of the longer side to which an image is reduced, as wide as a plot
+SEARCH_SIDE = 400  # pixels of the longer side where ink is looked for: pens are 4 or more wide
+NEAR_EXTENT = 0.4 * SEARCH_SIDE  # pixels; a digit not larger than this is looked at from nearer
+NEAR_MARGIN = 0.5  # of the digit's extent, the paper on each side when it is looked at from nearer
+BROADEST_INK = 0.3  # share of the shorter side: what is broader is paper or shadow, not a stroke
+INK_PERCENTILE = 99.95  # of all pixels' ink, the full strength of the pen; above it is noise
+LEAST_INK = 0.06  # difference of ink and paper, black to white being 1: pale pencil has about 0.1
+LEAST_SIGNAL = 6  # standard deviations of the paper's noise that ink must have: above all chance
+SURE_INK = 0.6  # share of the pen's full strength that is taken for ink
+FAINT_INK = (0.4, 0.2)  # the same where it adjoins sure ink; the second where strokes fall apart
+LINE_RATIO = 0.15  # width by length, below which ink is a line: a 1 has a larger one, or stands
+BORDER_FACTOR = 0.4  # for each border that a part touches: it is less likely to be the digit
+FRAME_CONTENT = 0.3  # share of a part's extent: what holds a part larger than this is a frame
+RIVAL = 0.6  # share of the digit's weight, from which another part is a second digit
+NEAR = 0.25  # share of the digit's extent: a part not farther away, or above or below, is its own
+SPECK = 0.12  # share of the digit's extent: a smaller part is dirt
+DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels, of the digit's box and of the whole, as in MNIST
+PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image: MNIST's have 2 to 4
 
 
 def predict_image(model, image):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, prepared)`.
+
+    probabilities: float tensor (classes,) on the CPU that sums to 1; if its maximum is low, the
+        model is not sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
+
+    model: takes images (1, 1, 28, 28) and gives logits or log-probabilities (1, classes). It is
+        left in evaluation mode.
+    image: a path or a PIL image; dark on light or light on dark, in any light. The digit may be
+        anywhere and of any size, with some paper around it; specks, ruled lines paler than the
+        pen, a frame, and parts of other digits at the border do not matter.
+
+    The digit is prepared as MNIST's were: its box is scaled to 20×20 pixels, and its centre of mass
+    is put into the middle of 28×28 (http://yann.lecun.com/exdb/mnist). Thin strokes are broadened
+    to the thickness of MNIST's.
+
+    Raises ValueError if the image is smaller than 8×8 pixels, its file is damaged, or it contains
+    no ink or several digits, TypeError if it is neither a path nor a PIL image, FloatingPointError
+    if the model's output is nan, and Pillow's errors if there is no such file, it is no image or
+    it has more pixels than Pillow accepts.
     """
     prepared = _mnist_form(_find_digit(_upright_grey(image)))
-    like = next(model.parameters())
+    like = next(model.parameters())  # of the model's dtype, on its device
     data = (torch.from_numpy(prepared).to(like) / 255 - MEAN) / STD
     model.eval()
     with torch.no_grad():
         output = model(data[None, None])  # (1, 1, 28, 28) to (1, classes)
     probabilities = output[0].softmax(dim=0).cpu()
     if probabilities.isnan().any():
-        raise FloatingPointError("the model's output is nan: its weights are not finite")
+        raise FloatingPointError("the model's output is nan: train it again with a lower rate")
     return int(probabilities.argmax()), probabilities, prepared
 
 
 def _upright_grey(image):
-    """Return a photo as greys (H, W), 0 to 1, upright, its longer side at most SHOWN_SIDE."""
+    """Return a path's or PIL image's greys (H, W), 0 to 1, its longer side at most 1,000 pixels."""
     if isinstance(image, (str, os.PathLike)):
-        return _upright_grey(_open(image))
+        image = _open(image)
     if not isinstance(image, Image.Image):
         raise TypeError(
-            f"expected a path or a PIL image, got {type(image).__name__}; an array becomes an "
-            "image by Image.fromarray(array)"
+            f"expected a path or a PIL image, got {type(image).__name__}: of an array, take "
+            "Image.fromarray(array)"
         )
-    if min(image.size) < SMALLEST_SIDE:
-        width, height = image.size
+    width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
         raise ValueError(f"expected an image of at least 8×8 pixels, got {width}×{height}")
     is_deep = image.mode.startswith(("I", "F"))  # more than 8 bits
     mode = "F" if is_deep else "LA" if image.has_transparency_data else "L"
-    small = image.convert(mode).reduce(math.ceil(max(image.size) / SHOWN_SIDE))
+    small = image.convert(mode).reduce(math.ceil(max(width, height) / SHOWN_SIDE))
     values = np.asarray(ImageOps.exif_transpose(small), float)
     if is_deep:
         values = np.nan_to_num(values)
-        return (values / max(values.max(), 1)).clip(0, 1)
+        return (values / max(values.max(), 1)).clip(0, 1)  # the full range is rarely used
     if mode == "L":
         return values / 255
     grey, alpha = np.moveaxis(values / 255, 2, 0)
-    paper = float((grey * alpha).sum() < 0.5 * alpha.sum())  # dark ink is laid on white
-    return grey * alpha + paper * (1 - alpha)
+    is_dark = (grey * alpha).sum() < 0.5 * alpha.sum()
+    return grey * alpha + is_dark * (1 - alpha)  # dark ink on white, light ink on black
 
 
 def _open(path):
     picture = Image.open(path)
     try:
         picture.load()
-    except Exception as error:  # Pillow's readers raise of every kind
+    except Exception as error:  # Pillow's readers raise errors of all kinds
         raise ValueError(f"'{path}' is damaged: {error}") from error
     return picture
 
 
 def _find_digit(grey):
-    mask, scale = _look(grey)
-    (rows, columns), = ndimage.find_objects(mask)
+    """Return the mask (h, w) of the digit in an image (H, W), cut to its box, at its own scale."""
+    digit, scale = _look(grey)
+    rows, columns = ndimage.find_objects(digit)[0]
     extent = max(rows.stop - rows.start, columns.stop - columns.start)
     if extent <= NEAR_EXTENT and scale < 1:
         margin = NEAR_MARGIN * extent
@@ -769,126 +791,110 @@ def _find_digit(grey):
             slice(max(0, int((side.start - margin) / scale)), int((side.stop + margin) / scale))
             for side in (rows, columns)
         )
-        mask, _ = _look(grey[nearer])
-        (rows, columns), = ndimage.find_objects(mask)
-    return mask[rows, columns] > 0
+        digit, _ = _look(grey[nearer])
+        rows, columns = ndimage.find_objects(digit)[0]
+    return digit[rows, columns] > 0
 
 
 def _look(grey):
+    """Return `(digit, scale)`: 1 where the digit is, else 0; its pixels per pixel of grey."""
     scale = SEARCH_SIDE / max(grey.shape)
     small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-    ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
-    for faint in (FAINT_INK, FAINTER_INK):  # where thin strokes fall apart, a second look
-        mask, several = _choose(filters.apply_hysteresis_threshold(ink, faint, SURE_INK))
-        if not several:
-            return mask, scale
+    ink = _ink(small)
+    for faint in FAINT_INK:
+        digit, has_rival = _choose(filters.apply_hysteresis_threshold(ink, faint, SURE_INK))
+        if not has_rival:
+            return digit, scale
     raise ValueError("found several digits in the image: expected one; cut the image to it")
-
-
-def _polarity(grey):
-    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    values, few = grey[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
-    paper = np.abs(few[:, 1:3]).max(axis=1) > 0.8  # at first, what lies near the border
-    for _ in range(6):
-        weights = np.linalg.lstsq(few[paper], values[paper], rcond=None)[0]
-        off = values - few @ weights
-        paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
-    smooth = grey - terms @ weights
-    if (off**3).sum() > 0:
-        smooth = -smooth  # light ink on dark paper
-    return smooth
 
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
-    # The paper's light: a quadratic surface, fitted again and again without what is far from it.
-    smooth = _polarity(grey)
-    size = round(STROKE_LIMIT * min(grey.shape)) | 1
-    light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
-    ink = ndimage.gaussian_filter(light, size / 4) - smooth
-    low, middle, level = np.percentile(ink, (5, 30, 99.95))
-    noise = (middle - low) / 1.12  # standard deviation, as if normal, of what is sure to be paper
-    if level < max(FAINTEST_INK, NOISE_LIMIT * noise):
+    size = round(BROADEST_INK * min(grey.shape)) | 1  # odd, so that it has a middle
+    around = size / 4  # standard deviation: most of the weight lies within size
+    contrast = grey - ndimage.gaussian_filter(grey, around)
+    if (contrast**3).sum() > 0:  # skewed to where the ink is, which covers less than the paper
+        grey = -grey  # light ink on dark paper
+    paper = ndimage.grey_closing(ndimage.gaussian_filter(grey, 1), size)  # as if without ink
+    ink = ndimage.gaussian_filter(paper, around) - grey
+    low, middle, full = np.percentile(ink, (5, 30, INK_PERCENTILE))
+    noise = (middle - low) / 1.12  # the standard deviation, as those percentiles of a normal have
+    if full < max(LEAST_INK, LEAST_SIGNAL * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
             "lighter, than the paper around it"
         )
-    return ink / level
+    return ink / full
 
 
 def _choose(mask):
-    """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
+    """Return `(digit, has_rival)`: the digit in a mask (H, W) as 0 and 1, whether there is another.
+
+    The digit is the part of the mask with the greatest weight, and what lies near it.
+    """
     labels = measure.label(mask)
-    parts = sorted(
-        measure.regionprops(labels), key=lambda part: _weight(part, mask.shape), reverse=True
-    )
-    main = parts[0]
-    inside = [
-        part
-        for part in parts[1:]
-        if _is_inside(part, main) and _extent(part) > FRAMED * _extent(main)
-    ]
-    main, *others = inside or parts  # where something is inside it, the first is a frame
-    top, left, bottom, right = main.bbox
-    size, keep, several = _extent(main), [main.label], False
+    parts = measure.regionprops(labels)
+    weights = {part.label: _weight(part, mask.shape) for part in parts}
+    parts.sort(key=lambda part: weights[part.label], reverse=True)
+    main, *others = [part for part in parts if _frames(parts[0], part)] or parts
+    kept, has_rival = [main.label], False
     for part in others:
-        above = max(top - part.bbox[2], part.bbox[0] - bottom, 0)
-        beside = max(left - part.bbox[3], part.bbox[1] - right)
-        gap = math.hypot(above, max(beside, 0))
-        if _edges(part, mask.shape) > 0:
+        if _borders(part, mask.shape) > 0:
             continue
-        rivals = _weight(part, mask.shape) > RIVAL * _weight(main, mask.shape)
-        if rivals and (beside >= 0 or gap > APART * size):
-            several = True
-        elif gap < TOUCHING * size and _extent(part) > SPECK * size:
-            keep.append(part.label)
-    return np.isin(labels, keep).astype(int), several
-
-
-def _is_inside(part, frame):
-    top, left, bottom, right = frame.bbox
-    return top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom and part.bbox[3] < right
-
-
-def _extent(part):
-    top, left, bottom, right = part.bbox
-    return max(bottom - top, right - left)
-
-
-def _edges(part, shape):  # of the image, that it touches
-    top, left, bottom, right = part.bbox
-    return (top == 0) + (left == 0) + (bottom == shape[0]) + (right == shape[1])
+        (top, left), (bottom, right) = _corners(main) - _corners(part)[::-1]
+        down, across = max(top, -bottom), max(left, -right)  # between the boxes; below 0: overlap
+        is_near = math.hypot(max(down, 0), max(across, 0)) < NEAR * max(main.image.shape)
+        if weights[part.label] > RIVAL * weights[main.label] and (across >= 0 or not is_near):
+            has_rival = True
+        elif is_near and max(part.image.shape) > SPECK * max(main.image.shape):
+            kept.append(part.label)
+    return np.isin(labels, kept).astype(int), has_rival
 
 
 def _weight(part, shape):
-    height, width = shape
-    top, left, bottom, right = part.bbox
-    tall, wide = bottom - top, right - left
-    edges = _edges(part, shape)
-    if min(tall, wide) < LINE_RATIO * max(tall, wide) and (edges >= 2 or tall < wide):
-        return 0  # a line
-    away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
-    return max(tall, wide) * (1 - away) * BORDER_FACTOR ** min(edges, 2)
+    """Return how likely a part is the digit: large, in the middle, away from the borders."""
+    (height, width), borders = part.image.shape, _borders(part, shape)
+    is_line = min(height, width) < LINE_RATIO * max(height, width)
+    if is_line and (height < width or borders >= 2):  # any other upright line may be a 1
+        return 0
+    off_middle = math.dist(np.divide(part.centroid, shape), (0.5, 0.5))
+    return max(height, width) * (1 - off_middle) * BORDER_FACTOR**borders
+
+
+def _corners(part):
+    return np.reshape(part.bbox, (2, 2))  # (top, left), (bottom, right)
+
+
+def _borders(part, shape):
+    """Return how many of the image's four borders a part touches."""
+    start, stop = _corners(part)
+    return (start == 0).sum() + (stop == shape).sum()
+
+
+def _frames(frame, part):
+    """Tell whether `part`, which is no speck, lies inside the box of `frame`."""
+    start, stop = _corners(part)
+    outer_start, outer_stop = _corners(frame)
+    is_inside = (outer_start < start).all() and (stop < outer_stop).all()
+    return is_inside and max(part.image.shape) > FRAME_CONTENT * max(frame.image.shape)
 
 
 def _mnist_form(digit):
-    """Bring the mask of a digit into MNIST's form, uint8 (28, 28)."""
-    scale = 20 / max(digit.shape)
-    inside = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
-    thickness = 2 * np.median(inside[morphology.skeletonize(digit)]) - 0.5
-    grow = max(0, (PEN / scale - thickness) / 2)
+    """Bring the mask of a digit, cut to its box, into MNIST's form: uint8 (28, 28)."""
+    depth = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
+    # Twice the depth is as much as the thickness where that is even, and 1 more where it is odd.
+    thickness = 2 * np.median(depth[morphology.skeletonize(digit)]) - 0.5
+    grow = max(0, (PEN * max(digit.shape) / DIGIT_SIDE - thickness) / 2)
     digit = morphology.isotropic_dilation(np.pad(digit, math.ceil(grow)), grow)
     digit = digit[ndimage.find_objects(digit.astype(int))[0]]
-    scale = 20 / max(digit.shape)
-    height, width = (max(1, round(side * scale)) for side in digit.shape)
-    small = _resize(digit.astype(float), (height, width)).clip(0, 1)
-    y, x = ndimage.center_of_mass(small)
-    top = min(max(round(13.5 - y), 0), 28 - height)
-    left = min(max(round(13.5 - x), 0), 28 - width)
-    canvas = np.zeros((28, 28))
-    canvas[top : top + height, left : left + width] = small
-    return (255 * canvas / canvas.max()).round().astype(np.uint8)
+    scale = DIGIT_SIDE / max(digit.shape)
+    small = _resize(digit.astype(float), [max(1, round(side * scale)) for side in digit.shape])
+    middle = np.array(ndimage.center_of_mass(small))
+    free = IMAGE_SIDE - np.array(small.shape)
+    top, left = np.clip(np.round((IMAGE_SIDE - 1) / 2 - middle).astype(int), 0, free)
+    image = np.zeros((IMAGE_SIDE, IMAGE_SIDE))
+    image[top : top + small.shape[0], left : left + small.shape[1]] = small.clip(0, 1)
+    return (255 * image / image.max()).round().astype(np.uint8)
 
 
 def _resize(values, shape):
