@@ -810,6 +810,10 @@ def _look(grey):
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
+    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
+    terms = np.stack([x**0, x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    light = terms @ np.linalg.lstsq(terms, grey.ravel(), rcond=None)[0]
+    grey = grey - light.reshape(grey.shape)  # or a slope would look like ink at the borders
     size = round(BROADEST_INK * min(grey.shape)) | 1  # odd, so that it has a middle
     around = size / 4  # standard deviation: most of the weight lies within size
     contrast = grey - ndimage.gaussian_filter(grey, around)
