@@ -689,27 +689,28 @@ def affine_matrices(angle, translate, scale, shear):
 
 # --- one photo or scan
 
-# Lengths are in pixels; a share is a part of 1. "Chosen" values were tried on photos and on
-# tests/handwriting.py's synthetic ones, where small changes to them make little difference.
-SMALLEST_SIDE = 8  # pixels; an image with a shorter side is refused: a digit needs that many
-SHOWN_SIDE = 1_000  # pixels of the longer side to which an image is reduced, as wide as a plot
-SEARCH_SIDE = 400  # pixels of the longer side where ink is looked for: pens are 4 or more wide
-NEAR_EXTENT = 0.4 * SEARCH_SIDE  # pixels; a digit not larger than this is looked at from nearer
-NEAR_MARGIN = 0.5  # of the digit's extent, the paper on each side when it is looked at from nearer
+# Two kinds of numbers: those marked "derived" follow from MNIST or from arithmetic; the others are
+# chosen, and tests/handwriting.py measures what they are worth. "Extent" is a box's longer side.
+SMALLEST_SIDE = 8  # pixels; an image with a shorter side cannot show a digit and is refused
+SHOWN_SIDE = 1_000  # pixels, the limit of the longer side; plots show no more, and it saves memory
+SEARCH_SIDE = 400  # pixels of the longer side while ink is searched: a pen of 1 % is 4 pixels wide
+CLOSE_UP = 0.4  # share of SEARCH_SIDE; a digit of a smaller extent is cut out and searched again
+CLOSE_UP_MARGIN = 0.5  # share of the digit's extent, the paper left on each side of a close-up
 BROADEST_INK = 0.3  # share of the shorter side: what is broader is paper or shadow, not a stroke
-INK_PERCENTILE = 99.95  # of all pixels' ink, the full strength of the pen; above it is noise
-LEAST_INK = 0.06  # difference of ink and paper, black to white being 1: pale pencil has about 0.1
-LEAST_SIGNAL = 6  # standard deviations of the paper's noise that ink must have: above all chance
-SURE_INK = 0.6  # share of the pen's full strength that is taken for ink
-FAINT_INK = (0.4, 0.2)  # the same where it adjoins sure ink; the second where strokes fall apart
-LINE_RATIO = 0.15  # width by length, below which ink is a line: a 1 has a larger one, or stands
-BORDER_FACTOR = 0.4  # for each border that a part touches: it is less likely to be the digit
-FRAME_CONTENT = 0.3  # share of a part's extent: what holds a part larger than this is a frame
-RIVAL = 0.6  # share of the digit's weight, from which another part is a second digit
-NEAR = 0.25  # share of the digit's extent: a part not farther away, or above or below, is its own
-SPECK = 0.12  # share of the digit's extent: a smaller part is dirt
-DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels, of the digit's box and of the whole, as in MNIST
-PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image: MNIST's have 2 to 4
+FULL_INK = 99.95  # percentile of all pixels: the pen's full strength, not that of the noisiest few
+LEAST_INK = 0.06  # on a scale from black 0 to white 1: ink differs from its paper by this at least
+LEAST_SIGNAL = 6  # standard deviations of the noise, so that no pixel gets there by chance
+QUANTILES, SIGMAS = (5, 30), 1.12  # derived: a normal's percentiles and how far apart they are
+SURE_INK = 0.6  # share of the pen's full strength; each part of the digit gets there somewhere
+FAINT_INK = 0.4, 0.2  # the share that is enough beside sure ink; the second joins broken strokes
+LINE_RATIO = 0.15  # of width to length; what is thinner may be a ruled line or a table's edge
+BORDER_FACTOR = 0.4  # on a part's weight for each border that it touches, as shadows do
+FRAME_CONTENT = 0.3  # share of a part's extent: around a part larger than this it is a frame
+RIVAL = 0.6  # share of the digit's weight, above which another part is a second digit
+NEAR = 0.25  # share of the digit's extent: strokes that belong to it are not farther away
+SPECK = 0.12  # share of the digit's extent: smaller parts are dirt
+DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels, derived: MNIST's longer side of a digit and of an image
+PEN = 3.0  # pixels; thinner strokes are broadened to it: MNIST's are 1.6 to 3.4 pixels thick
 
 
 def predict_image(model, image):
@@ -731,7 +732,7 @@ def predict_image(model, image):
     Raises ValueError if the image is smaller than 8×8 pixels, its file is damaged, or it contains
     no ink or several digits, TypeError if it is neither a path nor a PIL image, FloatingPointError
     if the model's output is nan, and Pillow's errors if there is no such file, it is no image or
-    it has more pixels than Pillow accepts.
+    it has more pixels than Pillow accepts, about 179 million.
     """
     prepared = _mnist_form(_find_digit(_upright_grey(image)))
     like = next(model.parameters())  # of the model's dtype, on its device
@@ -741,7 +742,7 @@ def predict_image(model, image):
         output = model(data[None, None])  # (1, 1, 28, 28) to (1, classes)
     probabilities = output[0].softmax(dim=0).cpu()
     if probabilities.isnan().any():
-        raise FloatingPointError("the model's output is nan: train it again with a lower rate")
+        raise FloatingPointError("the model's output is nan, so its weights are of no use")
     return int(probabilities.argmax()), probabilities, prepared
 
 
@@ -783,24 +784,23 @@ def _open(path):
 def _find_digit(grey):
     """Return the mask (h, w) of the digit in an image (H, W), cut to its box, at its own scale."""
     digit, scale = _look(grey)
-    rows, columns = ndimage.find_objects(digit)[0]
-    extent = max(rows.stop - rows.start, columns.stop - columns.start)
-    if extent <= NEAR_EXTENT and scale < 1:
-        margin = NEAR_MARGIN * extent
-        nearer = tuple(
+    box = ndimage.find_objects(digit)[0]
+    extent = max(digit[box].shape)
+    if extent <= CLOSE_UP * SEARCH_SIDE and scale < 1:  # a small digit in a large image
+        margin = CLOSE_UP_MARGIN * extent
+        close_up = tuple(
             slice(max(0, int((side.start - margin) / scale)), int((side.stop + margin) / scale))
-            for side in (rows, columns)
+            for side in box
         )
-        digit, _ = _look(grey[nearer])
-        rows, columns = ndimage.find_objects(digit)[0]
-    return digit[rows, columns] > 0
+        digit, _ = _look(grey[close_up])
+        box = ndimage.find_objects(digit)[0]
+    return digit[box] > 0
 
 
 def _look(grey):
-    """Return `(digit, scale)`: 1 where the digit is, else 0; its pixels per pixel of grey."""
+    """Return `(digit, scale)`: 1 where the digit is and else 0, and its size by grey's."""
     scale = SEARCH_SIDE / max(grey.shape)
-    small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-    ink = _ink(small)
+    ink = _ink(_resize(grey, [max(1, round(side * scale)) for side in grey.shape]))
     for faint in FAINT_INK:
         digit, has_rival = _choose(filters.apply_hysteresis_threshold(ink, faint, SURE_INK))
         if not has_rival:
@@ -810,19 +810,21 @@ def _look(grey):
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
+    # The light on the paper, as a quadratic surface fitted to all pixels
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
     terms = np.stack([x**0, x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
     light = terms @ np.linalg.lstsq(terms, grey.ravel(), rcond=None)[0]
-    grey = grey - light.reshape(grey.shape)  # or a slope would look like ink at the borders
+    grey = grey - light.reshape(grey.shape)  # otherwise a slope looks like ink at the borders
+    # What is left of shades is local: ink is what a closing fills, which is as broad as its size.
     size = round(BROADEST_INK * min(grey.shape)) | 1  # odd, so that it has a middle
     around = size / 4  # standard deviation: most of the weight lies within size
     contrast = grey - ndimage.gaussian_filter(grey, around)
-    if (contrast**3).sum() > 0:  # skewed to where the ink is, which covers less than the paper
-        grey = -grey  # light ink on dark paper
+    if (contrast**3).sum() > 0:  # ink, which covers less than the paper, is light
+        grey = -grey
     paper = ndimage.grey_closing(ndimage.gaussian_filter(grey, 1), size)  # as if without ink
     ink = ndimage.gaussian_filter(paper, around) - grey
-    low, middle, full = np.percentile(ink, (5, 30, INK_PERCENTILE))
-    noise = (middle - low) / 1.12  # the standard deviation, as those percentiles of a normal have
+    low, middle, full = np.percentile(ink, (*QUANTILES, FULL_INK))
+    noise = (middle - low) / SIGMAS  # of the palest pixels, which are paper for sure
     if full < max(LEAST_INK, LEAST_SIGNAL * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
@@ -859,7 +861,7 @@ def _weight(part, shape):
     """Return how likely a part is the digit: large, in the middle, away from the borders."""
     (height, width), borders = part.image.shape, _borders(part, shape)
     is_line = min(height, width) < LINE_RATIO * max(height, width)
-    if is_line and (height < width or borders >= 2):  # any other upright line may be a 1
+    if is_line and (height < width or borders >= 2):  # other upright lines may be a 1
         return 0
     off_middle = math.dist(np.divide(part.centroid, shape), (0.5, 0.5))
     return max(height, width) * (1 - off_middle) * BORDER_FACTOR**borders
@@ -886,7 +888,7 @@ def _frames(frame, part):
 def _mnist_form(digit):
     """Bring the mask of a digit, cut to its box, into MNIST's form: uint8 (28, 28)."""
     depth = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
-    # Twice the depth is as much as the thickness where that is even, and 1 more where it is odd.
+    # Twice the depth in a stroke's middle is its thickness where that is even, 1 more where odd.
     thickness = 2 * np.median(depth[morphology.skeletonize(digit)]) - 0.5
     grow = max(0, (PEN * max(digit.shape) / DIGIT_SIDE - thickness) / 2)
     digit = morphology.isotropic_dilation(np.pad(digit, math.ceil(grow)), grow)
