@@ -23,7 +23,6 @@ import warnings
 import weakref
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -51,8 +50,6 @@ __all__ = [
 ]  # fmt: skip
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
-WORK = 400  # pixels along the longer side at which a digit is looked for
-PEN = 3.0  # pixels, the least thickness of a stroke in a prepared image
 PARALLEL_MODELS = weakref.WeakSet()  # what data_parallel has returned
 EMPTY = "the loader is empty: expected at least one batch of (images, labels)"
 DIGESTS = {  # of the decoded images and labels: the training split's, the test split's
@@ -668,218 +665,220 @@ class RandomAffine:
         return F.grid_sample(images, grid, align_corners=False)
 
 
-# --- one image, as people have it
+# --- one photo or scan
+
+# Two kinds of numbers: those marked "derived" follow from MNIST or from arithmetic; the others are
+# chosen, and tests/handwriting.py measures what they are worth. "Extent" is a box's longer side.
+SMALLEST_SIDE = 8  # pixels; an image with a shorter side cannot show a digit and is refused
+SHOWN_SIDE = 1_000  # pixels, the limit of the longer side; plots show no more, and it saves memory
+SEARCH_SIDE = 400  # pixels of the longer side while ink is searched: a pen of 1 % is 4 pixels wide
+CLOSE_UP = 0.4  # share of SEARCH_SIDE; a digit of a smaller extent is cut out and searched again
+CLOSE_UP_MARGIN = 0.5  # share of the digit's extent, the paper left on each side of a close-up
+BROADEST_INK = 0.3  # share of the shorter side: what is broader is paper or shadow, not a stroke
+FULL_INK = 99.95  # percentile of all pixels: the pen's full strength, not that of the noisiest few
+LEAST_INK = 0.06  # on a scale from black 0 to white 1: ink differs from its paper by this at least
+LEAST_SIGNAL = 6  # standard deviations of the noise, so that no pixel gets there by chance
+QUANTILES, SIGMAS = (5, 30), 1.12  # derived: a normal's percentiles and how far apart they are
+SURE_INK = 0.6  # share of the pen's full strength; each part of the digit gets there somewhere
+FAINT_INK = 0.4, 0.2  # the share that is enough beside sure ink; the second joins broken strokes
+LINE_RATIO = 0.15  # of width to length; what is thinner may be a ruled line or a table's edge
+BORDER_FACTOR = 0.4  # on a part's weight for each border that it touches, as shadows do
+FRAME_CONTENT = 0.3  # share of a part's extent: around a part larger than this it is a frame
+RIVAL = 0.6  # share of the digit's weight, above which another part is a second digit
+NEAR = 0.25  # share of the digit's extent: strokes that belong to it are not farther away
+SPECK = 0.12  # share of the digit's extent: smaller parts are dirt
+DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels, derived: MNIST's longer side of a digit and of an image
+PEN = 3.0  # pixels; thinner strokes are broadened to it: MNIST's are 1.6 to 3.4 pixels thick
 
 
 def predict_image(model, image):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, prepared)`.
 
-    probabilities: float tensor (classes,) that sums to 1; a low maximum says that the model is not
-        sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
+    probabilities: float tensor (classes,) on the CPU that sums to 1; if its maximum is low, the
+        model is not sure. prepared: what the model saw, a uint8 array (28, 28), light on dark.
 
-    image: a path, a PIL image, or an array or tensor of shape (H, W), (H, W, 1 to 4) or
-        (1 to 4, H, W), of bytes or of floats 0 to 1; dark on light or light on dark, in any light,
-        the digit anywhere and of any size, with some paper around it; specks, paler lines, and
-        parts of other digits that touch the border do not matter.
+    model: takes images (1, 1, 28, 28) and gives logits or log-probabilities (1, classes). It is
+        left in evaluation mode.
+    image: a path or a PIL image; dark on light or light on dark, in any light. The digit may be
+        anywhere and of any size, with some paper around it; specks, ruled lines paler than the
+        pen, a frame, and parts of other digits at the border do not matter.
 
-    The digit is prepared as MNIST's were, its box scaled to 20×20 pixels and its centre of mass put
-    into the middle of 28×28 (http://yann.lecun.com/exdb/mnist), and thin pens are made as broad as
-    MNIST's.
+    The digit is prepared as MNIST's were: its box is scaled to 20×20 pixels, and its centre of mass
+    is put into the middle of 28×28 (http://yann.lecun.com/exdb/mnist). Thin strokes are broadened
+    to the thickness of MNIST's.
 
-    Raises OSError where there is no such file, or it may not be read, and ValueError where the
-    image is none, is smaller than 8×8 or larger than Pillow's limit of some 89 million pixels, has
-    no ink in it or several digits.
+    Raises ValueError if the image is smaller than 8×8 pixels, its file is damaged, or it contains
+    no ink or several digits, TypeError if it is neither a path nor a PIL image, FloatingPointError
+    if the model's output is nan, and Pillow's errors if there is no such file, it is no image or
+    it has more pixels than Pillow accepts, about 179 million.
     """
-    prepared = _prepare(_find_digit(_upright_grey(image)))
-    data = SimpleNamespace(data=torch.from_numpy(prepared)[None], targets=torch.zeros(1).long())
-    like = next(model.parameters(), torch.empty(0))  # of its type, on its device
-    batches = [(images.to(like), labels) for images, labels in BatchLoader(data, 1)]
-    predictions, probabilities, _ = predict(model, like.device, batches)
-    return int(predictions), probabilities[0], prepared
+    prepared = _mnist_form(_find_digit(_upright_grey(image)))
+    like = next(model.parameters(), torch.empty(0))  # of the dtype and on the device to use
+    data = (torch.from_numpy(prepared).to(like) / 255 - MEAN) / STD
+    model.eval()
+    with torch.no_grad():
+        output = model(data[None, None])  # (1, 1, 28, 28) to (1, classes)
+    probabilities = output[0].softmax(dim=0).cpu()
+    if probabilities.isnan().any():
+        raise FloatingPointError("the model's output is nan, so its weights are of no use")
+    return int(probabilities.argmax()), probabilities, prepared
 
 
 def _upright_grey(image):
-    """Return an image as floats (H, W), 0 to 1, its longer side at most 1,000 pixels."""
-    if isinstance(image, (str, os.PathLike, Image.Image)):
-        picture = _open(image)
-    else:
-        picture = _from_array(image)
-    width, height = picture.size
-    limit = Image.MAX_IMAGE_PIXELS or math.inf
-    if min(width, height) < 8 or width * height > limit:
-        raise ValueError(f"expected an image of 8×8 to {limit:,} pixels, got {width}×{height}")
-    if picture.mode.startswith(("I", "F")):  # more than 8 bits
-        picture = ImageOps.exif_transpose(picture)
-        values = np.nan_to_num(np.asarray(picture, float))
-        picture = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype("u1"))
-    has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-    picture = picture.convert("LA" if has_alpha else "L")
-    picture = ImageOps.exif_transpose(picture.reduce(math.ceil(max(picture.size) / 1000)))
-    if not has_alpha:
-        return np.asarray(picture, float) / 255
-    grey, alpha = np.moveaxis(np.asarray(picture, float) / 255, 2, 0)
-    paper = float(np.average(grey, weights=alpha + 1e-9) < 0.5)  # dark ink is laid on white
-    return grey * alpha + paper * (1 - alpha)
-
-
-def _open(image):
-    """Read an image from a path, or what a PIL image has not yet read of its file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = image if isinstance(image, Image.Image) else Image.open(image)
-            picture.load()
-        return picture
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # Pillow's readers raise of every kind
-        raise ValueError(
-            f"'{image}' was not read: expected an image of a kind that Pillow knows, of at most "
-            f"{Image.MAX_IMAGE_PIXELS or math.inf:,} pixels ({error!r:.200})"
-        ) from error
-
-
-def _from_array(values):
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values  # NumPy has no bfloat16
-    array = np.asarray(values)
-    if array.ndim == 3 and array.shape[2] > 4 >= array.shape[0]:  # channels first
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    numbers = array.dtype.kind in "buif" and array.size > 0 and np.isfinite(array).all()
-    fits = array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4)
-    if not (numbers and fits and 0 <= array.min() <= array.max() <= 255):
-        span = f", {array.min()} to {array.max()}" if numbers else ""
-        raise ValueError(
-            "expected a path, a PIL image or an array (H, W) or (H, W, 1 to 4) of bytes 0 to 255 "
-            f"or floats 0 to 1, got {type(values).__name__}: {array.dtype} {array.shape}{span}"
+    """Return a path's or PIL image's greys (H, W), 0 to 1, its longer side at most 1,000 pixels."""
+    if isinstance(image, (str, os.PathLike)):
+        image = _open(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"expected a path or a PIL image, got {type(image).__name__}: of an array, take "
+            "Image.fromarray(array)"
         )
-    if array.max() < 1.1:  # a little above 1 is what resizing may leave
-        array = 255 * array.astype(float).clip(max=1)
-    return Image.fromarray(array.round().astype(np.uint8))
+    width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise ValueError(f"expected an image of at least 8×8 pixels, got {width}×{height}")
+    is_deep = image.mode.startswith(("I", "F"))  # more than 8 bits
+    mode = "F" if is_deep else "LA" if image.has_transparency_data else "L"
+    small = image.convert(mode).reduce(math.ceil(max(width, height) / SHOWN_SIDE))
+    values = np.asarray(ImageOps.exif_transpose(small), float)
+    if is_deep:
+        values = np.nan_to_num(values)
+        return (values / max(values.max(), 1)).clip(0, 1)  # the full range is rarely used
+    if mode == "L":
+        return values / 255
+    grey, alpha = np.moveaxis(values / 255, 2, 0)
+    is_dark = (grey * alpha).sum() < 0.5 * alpha.sum()
+    return grey * alpha + is_dark * (1 - alpha)  # dark ink on white, light ink on black
+
+
+def _open(path):
+    picture = Image.open(path)
+    try:
+        picture.load()
+    except Exception as error:  # Pillow's readers raise errors of all kinds
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    return picture
 
 
 def _find_digit(grey):
-    """Return the mask (H, W) of the digit's ink, cut to its box, at a scale of its own."""
-    for last in (False, True):
-        scale = WORK / max(grey.shape)
-        small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
-        ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
-        for low in (0.4, 0.2):  # where thin strokes fall apart, a second look
-            parts = filters.apply_hysteresis_threshold(ink, low, 0.6)
-            digit, others = _choose(parts)
-            if not others:
-                break
-        else:
-            raise ValueError("found several digits in the image: expected one; cut the image to it")
-        rows, columns = ndimage.find_objects(digit)[0]
-        extent = max(rows.stop - rows.start, columns.stop - columns.start)
-        if last or extent > 0.4 * WORK or scale >= 1:
-            return digit[rows, columns] > 0
-        grey = grey[  # look again, nearer
-            tuple(
-                slice(
-                    max(0, int((s.start - 0.5 * extent) / scale)),
-                    int((s.stop + 0.5 * extent) / scale),
-                )
-                for s in (rows, columns)
-            )
-        ]
+    """Return the mask (h, w) of the digit in an image (H, W), cut to its box, at its own scale."""
+    digit, scale = _look(grey)
+    box = ndimage.find_objects(digit)[0]
+    extent = max(digit[box].shape)
+    if extent <= CLOSE_UP * SEARCH_SIDE and scale < 1:  # a small digit in a large image
+        margin = CLOSE_UP_MARGIN * extent
+        close_up = tuple(
+            slice(max(0, int((side.start - margin) / scale)), int((side.stop + margin) / scale))
+            for side in box
+        )
+        digit, _ = _look(grey[close_up])
+        box = ndimage.find_objects(digit)[0]
+    return digit[box] > 0
+
+
+def _look(grey):
+    """Return `(digit, scale)`: 1 where the digit is and else 0, and its size by grey's."""
+    scale = SEARCH_SIDE / max(grey.shape)
+    ink = _ink(_resize(grey, [max(1, round(side * scale)) for side in grey.shape]))
+    for faint in FAINT_INK:
+        digit, has_rival = _choose(filters.apply_hysteresis_threshold(ink, faint, SURE_INK))
+        if not has_rival:
+            return digit, scale
+    raise ValueError("found several digits in the image: expected one; cut the image to it")
 
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
-    # The paper's light: a quadratic surface, fitted again and again without what is far from it.
+    # The light on the paper, as a quadratic surface fitted to all pixels
     y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    values, few = grey[::3, ::3].ravel(), terms[::3, ::3].reshape(-1, 6)
-    paper = np.abs(few[:, 1:3]).max(axis=1) > 0.8  # at first, what lies near the border
-    for _ in range(6):
-        weights = np.linalg.lstsq(few[paper], values[paper], rcond=None)[0]
-        off = values - few @ weights
-        paper = np.abs(off) <= max(3.7 * np.median(np.abs(off[paper])), 0.01)
-    smooth = grey - terms @ weights
-    if (off**3).sum() > 0:
-        smooth = -smooth  # light ink on dark paper
-    size = round(0.3 * min(grey.shape)) | 1
-    light = ndimage.grey_closing(ndimage.gaussian_filter(smooth, 1), size)
-    ink = ndimage.gaussian_filter(light, size / 4) - smooth
-    low, middle, level = np.percentile(ink, (5, 30, 99.95))
-    noise = (middle - low) / 1.12  # standard deviation, as if normal, of what is sure to be paper
-    if level < max(0.06, 6 * noise):
+    terms = np.stack([x**0, x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    light = terms @ np.linalg.lstsq(terms, grey.ravel(), rcond=None)[0]
+    grey = grey - light.reshape(grey.shape)  # otherwise a slope looks like ink at the borders
+    # What is left of shades is local: ink is what a closing fills, which is as broad as its size.
+    size = round(BROADEST_INK * min(grey.shape)) | 1  # odd, so that it has a middle
+    around = size / 4  # standard deviation: most of the weight lies within size
+    contrast = grey - ndimage.gaussian_filter(grey, around)
+    if (contrast**3).sum() > 0:  # ink, which covers less than the paper, is light
+        grey = -grey
+    paper = ndimage.grey_closing(ndimage.gaussian_filter(grey, 1), size)  # as if without ink
+    ink = ndimage.gaussian_filter(paper, around) - grey
+    low, middle, full = np.percentile(ink, (*QUANTILES, FULL_INK))
+    noise = (middle - low) / SIGMAS  # of the palest pixels, which are paper for sure
+    if full < max(LEAST_INK, LEAST_SIGNAL * noise):
         raise ValueError(
             "found no ink in the image: expected a digit that is clearly darker, or clearly "
             "lighter, than the paper around it"
         )
-    return ink / level
+    return ink / full
 
 
 def _choose(mask):
-    """Return the digit in the middle of a mask as 0 and 1, and whether there is another one."""
-    height, width = mask.shape
+    """Return `(digit, has_rival)`: the digit in a mask (H, W) as 0 and 1, whether there is another.
 
-    def extent(part):
-        top, left, bottom, right = part.bbox
-        return max(bottom - top, right - left)
-
-    def edges(part):  # of the image, that it touches
-        top, left, bottom, right = part.bbox
-        return (top == 0) + (left == 0) + (bottom == height) + (right == width)
-
-    def weight(part):
-        top, left, bottom, right = part.bbox
-        tall, wide = bottom - top, right - left
-        if min(tall, wide) < 0.15 * max(tall, wide) and (edges(part) >= 2 or tall < wide):
-            return 0  # a line
-        away = math.hypot(part.centroid[0] / height - 0.5, part.centroid[1] / width - 0.5)
-        return max(tall, wide) * (1 - away) * 0.4 ** min(edges(part), 2)
-
+    The digit is the part of the mask with the greatest weight, and what lies near it.
+    """
     labels = measure.label(mask)
-    ranked = sorted(measure.regionprops(labels), key=weight, reverse=True)
-    top, left, bottom, right = ranked[0].bbox
-    inside = [
-        part
-        for part in ranked[1:]
-        if top < part.bbox[0] and left < part.bbox[1] and part.bbox[2] < bottom
-        if part.bbox[3] < right and extent(part) > 0.3 * extent(ranked[0])
-    ]
-    main, *others = inside or ranked  # where something is inside it, the first is a frame
-    top, left, bottom, right = main.bbox
-    size, keep, several = extent(main), [main.label], False
+    parts = measure.regionprops(labels)
+    weights = {part.label: _weight(part, mask.shape) for part in parts}
+    parts.sort(key=lambda part: weights[part.label], reverse=True)
+    main, *others = [part for part in parts if _frames(parts[0], part)] or parts
+    kept, has_rival = [main.label], False
     for part in others:
-        above = max(top - part.bbox[2], part.bbox[0] - bottom, 0)
-        beside = max(left - part.bbox[3], part.bbox[1] - right)
-        gap = math.hypot(above, max(beside, 0))
-        if edges(part) > 0:
+        if _borders(part, mask.shape) > 0:
             continue
-        if weight(part) > 0.6 * weight(main) and (beside >= 0 or gap > 0.3 * size):
-            several = True
-        elif gap < 0.2 * size and extent(part) > 0.12 * size:
-            keep.append(part.label)
-    return np.isin(labels, keep).astype(int), several
+        (top, left), (bottom, right) = _corners(main) - _corners(part)[::-1]
+        down, across = max(top, -bottom), max(left, -right)  # between the boxes; below 0: overlap
+        is_near = math.hypot(max(down, 0), max(across, 0)) < NEAR * max(main.image.shape)
+        if weights[part.label] > RIVAL * weights[main.label] and (across >= 0 or not is_near):
+            has_rival = True
+        elif is_near and max(part.image.shape) > SPECK * max(main.image.shape):
+            kept.append(part.label)
+    return np.isin(labels, kept).astype(int), has_rival
 
 
-def _prepare(digit):
-    """Bring the mask of a digit into MNIST's form, uint8 (28, 28)."""
-    scale = 20 / max(digit.shape)
-    inside = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
-    thickness = 2 * np.median(inside[morphology.skeletonize(digit)]) - 0.5
-    grow = (PEN / scale - thickness) / 2
-    if grow > 0.5:
-        digit = np.pad(digit, math.ceil(grow) + 1)
-        digit = ndimage.distance_transform_edt(~digit) <= grow
-        digit = digit[ndimage.find_objects(digit.astype(int))[0]]
-        scale = 20 / max(digit.shape)
-    height, width = (max(1, round(side * scale)) for side in digit.shape)
-    small = _resize(digit.astype(float), (height, width)).clip(0, 1)
-    y, x = ndimage.center_of_mass(small)
-    top = min(max(round(13.5 - y), 0), 28 - height)
-    left = min(max(round(13.5 - x), 0), 28 - width)
-    canvas = np.zeros((28, 28))
-    canvas[top : top + height, left : left + width] = small
-    return (255 * canvas / canvas.max()).round().astype(np.uint8)
+def _weight(part, shape):
+    """Return how likely a part is the digit: large, in the middle, away from the borders."""
+    (height, width), borders = part.image.shape, _borders(part, shape)
+    is_line = min(height, width) < LINE_RATIO * max(height, width)
+    if is_line and (height < width or borders >= 2):  # other upright lines may be a 1
+        return 0
+    off_middle = math.dist(np.divide(part.centroid, shape), (0.5, 0.5))
+    return max(height, width) * (1 - off_middle) * BORDER_FACTOR**borders
+
+
+def _corners(part):
+    return np.reshape(part.bbox, (2, 2))  # (top, left), (bottom, right)
+
+
+def _borders(part, shape):
+    """Return how many of the image's four borders a part touches."""
+    start, stop = _corners(part)
+    return (start == 0).sum() + (stop == shape).sum()
+
+
+def _frames(frame, part):
+    """Tell whether `part`, which is no speck, lies inside the box of `frame`."""
+    start, stop = _corners(part)
+    outer_start, outer_stop = _corners(frame)
+    is_inside = (outer_start < start).all() and (stop < outer_stop).all()
+    return is_inside and max(part.image.shape) > FRAME_CONTENT * max(frame.image.shape)
+
+
+def _mnist_form(digit):
+    """Bring the mask of a digit, cut to its box, into MNIST's form: uint8 (28, 28)."""
+    depth = ndimage.distance_transform_edt(np.pad(digit, 1))[1:-1, 1:-1]
+    # Twice the depth in a stroke's middle is its thickness where that is even, 1 more where odd.
+    thickness = 2 * np.median(depth[morphology.skeletonize(digit)]) - 0.5
+    grow = max(0, (PEN * max(digit.shape) / DIGIT_SIDE - thickness) / 2)
+    digit = morphology.isotropic_dilation(np.pad(digit, math.ceil(grow)), grow)
+    digit = digit[ndimage.find_objects(digit.astype(int))[0]]
+    scale = DIGIT_SIDE / max(digit.shape)
+    small = _resize(digit.astype(float), [max(1, round(side * scale)) for side in digit.shape])
+    middle = np.array(ndimage.center_of_mass(small))
+    free = IMAGE_SIDE - np.array(small.shape)
+    top, left = np.clip(np.round((IMAGE_SIDE - 1) / 2 - middle).astype(int), 0, free)
+    image = np.zeros((IMAGE_SIDE, IMAGE_SIDE))
+    image[top : top + small.shape[0], left : left + small.shape[1]] = small.clip(0, 1)
+    return (255 * image / image.max()).round().astype(np.uint8)
 
 
 def _resize(values, shape):

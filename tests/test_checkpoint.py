@@ -200,7 +200,7 @@ def test_what_cannot_be_read_back_is_refused_and_the_old_checkpoint_stays(tmp_pa
     run.resume()
     before = run.path.read_bytes()
     run.hyperparameters["augment"] = RandomAffine(10)
-    with pytest.raises(ValueError, match="checkpoint.pt' cannot be read") as error:
+    with pytest.raises(ValueError, match="checkpoint.pt.new' cannot be read") as error:
         run.save(1)
     assert "RandomAffine" in str(error.value.__cause__)
     assert run.path.read_bytes() == before
