@@ -201,6 +201,10 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 30  # half a screen
+    (loop,) = [cell for cell in cells if "for epoch in" in cell.source]
+    assert len(loop.outputs) == 1  # the lines of all epochs, in one block
+    assert "widgets" not in notebook.metadata
     parameters = {}
     (tagged,) = [cell for cell in cells if is_parameters(cell)]
     exec(tagged.source, parameters)
