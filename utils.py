@@ -678,6 +678,10 @@ BROADEST_INK = 0.3  # share of the shorter side: what is broader is paper or sha
 FULL_INK = 99.95  # percentile of all pixels: the pen's full strength, not that of the noisiest few
 LEAST_INK = 0.06  # on a scale from black 0 to white 1: ink differs from its paper by this at least
 LEAST_SIGNAL = 6  # standard deviations of the noise, so that no pixel gets there by chance
+FIT_BORDER = 0.8  # of the way from the middle to the border: beyond it, all is paper at first
+FIT_STEP, FIT_ROUNDS = 3, 6  # pixels and repetitions, enough for the six numbers of a surface
+OUTLIER = 3.7  # median deviations, 2.5 standard deviations of a normal: what is farther is no paper
+LEAST_DEVIATION = 0.01  # on the same scale, for paper that is perfectly even
 QUANTILES, SIGMAS = (5, 30), 1.12  # derived: a normal's percentiles and how far apart they are
 SURE_INK = 0.6  # share of the pen's full strength; each part of the digit gets there somewhere
 FAINT_INK = 0.4, 0.2  # the share that is enough beside sure ink; the second joins broken strokes
@@ -685,7 +689,8 @@ LINE_RATIO = 0.15  # of width to length; what is thinner may be a ruled line or 
 BORDER_FACTOR = 0.4  # on a part's weight for each border that it touches, as shadows do
 FRAME_CONTENT = 0.3  # share of a part's extent: around a part larger than this it is a frame
 RIVAL = 0.6  # share of the digit's weight, above which another part is a second digit
-NEAR = 0.25  # share of the digit's extent: strokes that belong to it are not farther away
+APART = 0.3  # share of the digit's extent: a rival at a smaller distance, above or below, is a part
+NEAR = 0.2  # share of the digit's extent: smaller strokes that belong to it are nearer than this
 SPECK = 0.12  # share of the digit's extent: smaller parts are dirt
 DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels, derived: MNIST's longer side of a digit and of an image
 PEN = 3.0  # pixels; thinner strokes are broadened to it: MNIST's are 1.6 to 3.4 pixels thick
@@ -778,7 +783,8 @@ def _find_digit(grey):
 def _look(grey):
     """Return `(digit, scale)`: 1 where the digit is and else 0, and its size by grey's."""
     scale = SEARCH_SIDE / max(grey.shape)
-    ink = _ink(_resize(grey, [max(1, round(side * scale)) for side in grey.shape]))
+    small = _resize(grey, [max(1, round(side * scale)) for side in grey.shape])
+    ink = _ink(small if scale < 1 else ndimage.median_filter(small, 3))  # means have less noise
     for faint in FAINT_INK:
         digit, has_rival = _choose(filters.apply_hysteresis_threshold(ink, faint, SURE_INK))
         if not has_rival:
@@ -788,19 +794,11 @@ def _look(grey):
 
 def _ink(grey):
     """Return how strong the ink is in each pixel of `grey` (H, W): paper about 0, pen about 1."""
-    # The light on the paper, as a quadratic surface fitted to all pixels
-    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
-    terms = np.stack([x**0, x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
-    light = terms @ np.linalg.lstsq(terms, grey.ravel(), rcond=None)[0]
-    grey = grey - light.reshape(grey.shape)  # otherwise a slope looks like ink at the borders
+    grey = _even_light(grey)
     # What is left of shades is local: ink is what a closing fills, which is as broad as its size.
     size = round(BROADEST_INK * min(grey.shape)) | 1  # odd, so that it has a middle
-    around = size / 4  # standard deviation: most of the weight lies within size
-    contrast = grey - ndimage.gaussian_filter(grey, around)
-    if (contrast**3).sum() > 0:  # ink, which covers less than the paper, is light
-        grey = -grey
     paper = ndimage.grey_closing(ndimage.gaussian_filter(grey, 1), size)  # as if without ink
-    ink = ndimage.gaussian_filter(paper, around) - grey
+    ink = ndimage.gaussian_filter(paper, size / 4) - grey
     low, middle, full = np.percentile(ink, (*QUANTILES, FULL_INK))
     noise = (middle - low) / SIGMAS  # of the palest pixels, which are paper for sure
     if full < max(LEAST_INK, LEAST_SIGNAL * noise):
@@ -809,6 +807,21 @@ def _ink(grey):
             "lighter, than the paper around it"
         )
     return ink / full
+
+
+def _even_light(grey):
+    """Subtract the light on the paper from `grey` (H, W): paper about 0, ink below."""
+    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
+    terms = np.stack([x**0, x, y, x * x, x * y, y * y], axis=-1)  # of a quadratic surface
+    values = grey[::FIT_STEP, ::FIT_STEP].ravel()
+    few = terms[::FIT_STEP, ::FIT_STEP].reshape(-1, 6)
+    is_paper = abs(few[:, 1:3]).max(axis=1) > FIT_BORDER
+    for _ in range(FIT_ROUNDS):  # each without what is far from the surface before: the ink
+        weights = np.linalg.lstsq(few[is_paper], values[is_paper], rcond=None)[0]
+        off = values - few @ weights
+        is_paper = abs(off) <= max(OUTLIER * np.median(abs(off[is_paper])), LEAST_DEVIATION)
+    even = grey - terms @ weights
+    return -even if (off**3).sum() > 0 else even  # the ink, far from the surface, is light
 
 
 def _choose(mask):
@@ -821,16 +834,17 @@ def _choose(mask):
     weights = {part.label: _weight(part, mask.shape) for part in parts}
     parts.sort(key=lambda part: weights[part.label], reverse=True)
     main, *others = [part for part in parts if _frames(parts[0], part)] or parts
-    kept, has_rival = [main.label], False
+    extent, kept, has_rival = max(main.image.shape), [main.label], False
     for part in others:
         if _borders(part, mask.shape) > 0:
             continue
         (top, left), (bottom, right) = _corners(main) - _corners(part)[::-1]
         down, across = max(top, -bottom), max(left, -right)  # between the boxes; below 0: overlap
-        is_near = math.hypot(max(down, 0), max(across, 0)) < NEAR * max(main.image.shape)
-        if weights[part.label] > RIVAL * weights[main.label] and (across >= 0 or not is_near):
+        gap = math.hypot(max(down, 0), max(across, 0)) / extent
+        is_rival = weights[part.label] > RIVAL * weights[main.label]
+        if is_rival and (across >= 0 or gap > APART):
             has_rival = True
-        elif is_near and max(part.image.shape) > SPECK * max(main.image.shape):
+        elif gap < NEAR and max(part.image.shape) > SPECK * extent:
             kept.append(part.label)
     return np.isin(labels, kept).astype(int), has_rival
 
