@@ -1,11 +1,11 @@
-import copy
 import http.client
 import os
 import random
 import re
 import shutil
-import urllib.error
 import urllib.request
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -21,8 +21,6 @@ from torchvision.transforms.v2.functional import affine
 import utils
 from utils import BatchLoader, RandomAffine
 
-NAMES = ["MNIST", "FashionMNIST", "KMNIST", "QMNIST"]
-
 
 def write_idx(path, array):
     """Write a NumPy array in the idx format of MNIST's files."""
@@ -32,7 +30,7 @@ def write_idx(path, array):
 
 
 def write_dataset(root, name, counts=(30, 20), classes=10):
-    """Write random images in torchvision's layout: 30 for training, 20 for test."""
+    """Write random images in torchvision's layout, `counts` of them for training and for test."""
     folder, generator = root / name / "raw", np.random.default_rng(0)
     folder.mkdir(parents=True)
     for split, count in zip(("train", "t10k"), counts, strict=True):
@@ -49,25 +47,24 @@ def write_dataset(root, name, counts=(30, 20), classes=10):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Let every download fail, as on a machine without a network."""
+    """Let every download fail: by default as without a network, else by the error given."""
 
-    def fail(*args, **kwargs):
-        raise urllib.error.URLError("no network")
+    def fail_with(error):
+        def fail(*args, **kwargs):
+            raise error
 
-    monkeypatch.setattr(urllib.request, "urlopen", fail)
+        monkeypatch.setattr(urllib.request, "urlopen", fail)
 
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Accept made-up files as MNIST's and Fashion-MNIST's."""
-    monkeypatch.setattr(utils, "DIGESTS", {})
+    fail_with(URLError("no network"))
+    return fail_with
 
 
 # --- load_data
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, unchecked, name):
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST", "QMNIST"])
+def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, name):
+    monkeypatch.setattr(utils, "DIGESTS", {})  # accept made-up files
     write_dataset(tmp_path, name)
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     for pair in (utils.load_data(name), utils.load_data(name, root=str(tmp_path))):
@@ -79,13 +76,12 @@ def test_torchvision_sets_are_read_from_disk(tmp_path, monkeypatch, offline, unc
             assert torch.equal(labels, torch.arange(count) % 10)
 
 
-@pytest.mark.parametrize("data_dir, folder", [(None, "data"), ("~", "."), ("~/there", "there")])
-def test_auto_is_mnist_where_it_lies(tmp_path, monkeypatch, offline, unchecked, data_dir, folder):
+@pytest.mark.parametrize("data_dir, folder", [("", "data"), ("~/there", "there")])
+def test_auto_is_mnist_where_it_lies(tmp_path, monkeypatch, offline, data_dir, folder):
+    monkeypatch.setattr(utils, "DIGESTS", {})  # accept made-up files
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_DIR", data_dir)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATA_DIR", raising=False)
-    if data_dir:
-        monkeypatch.setenv("DATA_DIR", data_dir)
     write_dataset(tmp_path / folder, "MNIST")
     assert [data.name for data in utils.load_data()] == ["MNIST", "MNIST"]
 
@@ -96,71 +92,35 @@ def test_auto_falls_back_to_digits_with_a_warning(tmp_path, offline):
     assert train_data.name == test_data.name == "digits"
 
 
-def test_unknown_name():
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="'mnist'.*'MNIST'"):
         utils.load_data("mnist")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "cause",
-    [
-        urllib.error.URLError("no network"),
+@pytest.mark.parametrize("name, missing", [("MNIST", "t10k"), ("QMNIST", "qmnist-test")])
+def test_a_failed_download_says_what_to_do(tmp_path, offline, name, missing):
+    write_dataset(tmp_path, name)
+    folder, file = tmp_path / name / "raw", f"{missing}-images-idx3-ubyte"
+    (folder / file).unlink()
+    for cause in (
+        URLError("no network"),
         ConnectionResetError("reset"),
         TimeoutError("timed out"),
         http.client.IncompleteRead(b""),
-    ],
-)
-def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch, name, cause):
-    def fail(*args, **kwargs):
-        raise cause
-
-    monkeypatch.setattr(urllib.request, "urlopen", fail)
-    write_dataset(tmp_path, name)
-    folder = tmp_path / name / "raw"
-    missing = ("qmnist-test" if name == "QMNIST" else "t10k") + "-images-idx3-ubyte"
-    (folder / missing).unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        utils.load_data(name, tmp_path)
-    for part in (f"Put {missing} into '{folder}'", "DATA_DIR", "load_data('digits')", str(cause)):
-        assert part in str(error.value)
+    ):
+        offline(cause)
+        with pytest.raises(FileNotFoundError) as error:
+            utils.load_data(name, tmp_path)
+        for part in (f"Put {file} into '{folder}'", "DATA_DIR", "load_data('digits')", str(cause)):
+            assert part in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["auto", "MNIST"])
-@pytest.mark.parametrize(
-    "root, error", [("file", NotADirectoryError), ("parent", FileExistsError), ("x" * 300, OSError)]
-)
-def test_disk_errors_are_left_as_they_are(tmp_path, name, root, error):
+def test_disk_errors_are_left_as_they_are(tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "parent" / "MNIST").mkdir(parents=True)
-    (tmp_path / "parent" / "MNIST" / "raw").touch()
-    with pytest.raises(OSError) as raised:
-        utils.load_data(name, tmp_path / root)
-    assert type(raised.value) is error and root in raised.value.filename
+    with pytest.raises(NotADirectoryError, match="file"):
+        utils.load_data("auto", tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", ["auto", "MNIST", "QMNIST"])
-@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03", b"not an idx file" * 100])
-def test_undecodable_files_are_refused(tmp_path, offline, unchecked, name, content):
-    folder = tmp_path / ("QMNIST" if name == "QMNIST" else "MNIST")
-    write_dataset(tmp_path, folder.name)
-    (file,) = (folder / "raw").glob("*train-images*")
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"'{folder}' are damaged.*delete that folder"):
-        utils.load_data(name, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["auto", "MNIST"])
-def test_wrong_files_of_an_old_torchvision_are_refused(tmp_path, offline, name):
-    folder = tmp_path / "MNIST" / "processed"
-    folder.mkdir(parents=True)
-    for file in ("training.pt", "test.pt"):  # which torchvision prefers to all others
-        torch.save((torch.zeros(30, 28, 28).byte(), torch.zeros(30).long()), folder / file)
-    with pytest.raises(ValueError, match=f"'{folder.parent}' are damaged.*not the published"):
-        utils.load_data(name, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["KMNIST", "QMNIST"])
 @pytest.mark.parametrize(
     "shape, classes, message",
     [
@@ -169,12 +129,12 @@ def test_wrong_files_of_an_old_torchvision_are_refused(tmp_path, offline, name):
         ((30, 14, 56), 10, "30 labels for images of shape (30, 14, 56)"),
     ],
 )
-def test_sets_without_a_digest_are_checked(tmp_path, offline, name, shape, classes, message):
-    write_dataset(tmp_path, name, classes=classes)
-    (images,) = (tmp_path / name / "raw").glob("*train-images*")
-    write_idx(images, np.zeros(shape, dtype=np.uint8))
+def test_sets_without_a_digest_are_checked(tmp_path, offline, shape, classes, message):
+    write_dataset(tmp_path, "KMNIST", classes=classes)
+    images = np.zeros(shape, dtype=np.uint8)
+    write_idx(tmp_path / "KMNIST" / "raw" / "train-images-idx3-ubyte", images)
     with pytest.raises(ValueError, match=f"damaged.*{re.escape(message)}.*delete"):
-        utils.load_data(name, tmp_path)
+        utils.load_data("KMNIST", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
@@ -202,14 +162,13 @@ def published(tmp_path, mnist_root):
     return folder
 
 
-@pytest.mark.parametrize("name", ["auto", "MNIST"])
 @pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"])
-def test_one_flipped_bit_is_noticed(published, tmp_path, offline, name, file):
+def test_one_flipped_bit_is_noticed(published, tmp_path, offline, file):
     content = bytearray((published / file).read_bytes())
     content[len(content) // 2] ^= 1
     (published / file).write_bytes(content)
-    with pytest.raises(ValueError, match=f"'{published.parent}' are damaged.*delete that folder"):
-        utils.load_data(name, tmp_path)
+    with pytest.raises(ValueError, match=f"'{published.parent}' are damaged.*not the published"):
+        utils.load_data("auto", tmp_path)
 
 
 def test_fuzzed_files_are_refused(published, tmp_path, mnist_root, offline):
@@ -240,15 +199,13 @@ def test_digits():
     train_data, test_data = utils.load_data("digits")
     assert (len(train_data), len(test_data)) == (1437, 360)
     assert len(torch.cat((train_data.data, test_data.data)).unique(dim=0)) == 1797  # none twice
-    again, _ = utils.load_data("digits")
-    assert torch.equal(train_data.data, again.data)
     assert test_data.targets[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
     for data in (train_data, test_data):
         assert data.data.dtype == torch.uint8 and data.data.shape[1:] == (28, 28)
-        assert data.data.max() == 255
-        box = torch.zeros(28, 28, dtype=torch.bool)
-        box[4:24, 4:24] = True
-        assert data.data[:, ~box].max() == 0 and data.data[:, 4:24, 4:24].amax(dim=(0, 1)).min() > 0
+        brightest = data.data.amax(dim=0)
+        assert brightest.max() == 255 and brightest[4:24, 4:24].amax(dim=0).min() > 0
+        brightest[4:24, 4:24] = 0
+        assert brightest.max() == 0  # outside the box of 20×20
         shares = data.targets.bincount() / len(data)
         assert len(shares) == len(data.classes) == 10
         assert shares.min() > 0.09 and shares.max() < 0.11
@@ -262,12 +219,10 @@ def test_digits():
 
 def numbered(count):
     """A dataset in which image i shows i as pixel values and bears i as its label."""
-    dataset = TensorDataset()
     number = torch.arange(count)
-    dataset.data = torch.zeros(count, 28, 28, dtype=torch.uint8)
-    dataset.data[:, 0, 0], dataset.data[:, 0, 1] = number // 256, number % 256
-    dataset.targets = number
-    return dataset
+    images = torch.zeros(count, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0], images[:, 0, 1] = number // 256, number % 256
+    return SimpleNamespace(data=images, targets=number)
 
 
 def numbers(images):
@@ -276,82 +231,71 @@ def numbers(images):
     return (pixels.round() @ torch.tensor([256.0, 1.0])).long()
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("count, batch_size", [(1, 1), (10, 3), (12, 4), (7, 100), (1000, 128)])
-def test_each_sample_comes_once(count, batch_size, shuffle):
+@given(
+    count=st.integers(1, 300),
+    batch_size=st.integers(1, 350),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 2**63),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_pass_yields_each_sample_once(count, batch_size, shuffle, seed):
     dataset = numbered(count)
-    loader = BatchLoader(dataset, batch_size, shuffle=shuffle)
+    loader = BatchLoader(dataset, batch_size, shuffle=shuffle, seed=seed)
     batches = list(loader)
-    assert loader.dataset is dataset and len(loader) == len(batches)
+    assert loader.dataset is dataset and loader.epoch == 1 and len(loader) == len(batches)
     sizes = [len(labels) for _, labels in batches]
-    assert sizes[:-1] == [batch_size] * (len(batches) - 1) and sum(sizes) == count
+    assert set(sizes[:-1]) <= {batch_size} and 0 < sizes[-1] <= batch_size
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     assert images.dtype == torch.float32 and images.shape == (count, 1, 28, 28)
     assert labels.dtype == torch.int64
     assert torch.equal(numbers(images), labels)
     assert torch.equal(labels.sort().values, torch.arange(count))
-    assert torch.equal(labels, torch.arange(count)) == (not shuffle or count == 1)
-
-
-@given(count=st.integers(1, 300), batch_size=st.integers(1, 350), seed=st.integers(0, 2**63))
-@settings(max_examples=50, deadline=None)
-def test_contract_for_any_size(count, batch_size, seed):
-    loader = BatchLoader(numbered(count), batch_size, shuffle=True, seed=seed)
-    labels = [labels for _, labels in loader]
-    assert len(loader) == len(labels) and loader.epoch == 1
-    assert {len(each) for each in labels[:-1]} <= {batch_size} and len(labels[-1]) <= batch_size
-    assert sorted(torch.cat(labels).tolist()) == list(range(count))
+    if count > 20 or not shuffle:  # a few may come in their order by chance
+        assert torch.equal(labels, torch.arange(count)) == (not shuffle)
 
 
 def augmented(seed=0):
-    return BatchLoader(numbered(50), 20, shuffle=True, augment=RandomAffine(30), seed=seed)
+    test_data = Subset(utils.load_data("digits")[1], range(50))
+    return BatchLoader(test_data, 20, shuffle=True, augment=RandomAffine(30), seed=seed)
 
 
-def passes(loader, count=1):
-    """The images and labels of some passes, joined."""
-    batches = [batch for _ in range(count) for batch in loader]
-    return torch.cat(
-        [torch.cat((images.flatten(1), labels[:, None]), 1) for images, labels in batches]
-    )
+def images_of_a_pass(loader):
+    return torch.cat([images for images, _ in loader])
 
 
 def test_a_pass_is_a_function_of_seed_and_epoch():
-    epochs = [passes(loader) for loader in [augmented()] * 3]
+    loader = augmented()
+    epochs = [images_of_a_pass(loader) for _ in range(3)]
     assert not torch.equal(epochs[0], epochs[1])
     torch.manual_seed(1)
     resumed = augmented()
     resumed.epoch = 2
-    assert torch.equal(passes(resumed), epochs[2])
-    assert not torch.equal(passes(augmented(seed=1)), epochs[1])
-    assert not torch.equal(passes(augmented(seed=1)), epochs[0])
+    assert torch.equal(images_of_a_pass(resumed), epochs[2])
+    other_seed = images_of_a_pass(augmented(seed=1))
+    assert not torch.equal(other_seed, epochs[0]) and not torch.equal(other_seed, epochs[1])
 
 
 def test_peeking_changes_nothing():
-    peeked = augmented()
-    for _ in range(3):
-        next(iter(peeked))
-    utils.plot_sample_data(peeked)
-    for _, _ in zip(range(2), peeked, strict=False):
-        pass
-    assert peeked.epoch == 0
-    assert torch.equal(passes(peeked, 2), passes(augmented(), 2)) and peeked.epoch == 2
-
-
-def test_an_old_iterator_does_not_set_the_epoch_back():
-    loader = augmented()
-    old = iter(loader)
-    next(old)
-    passes(loader, 2)
-    for _ in old:
-        pass
+    loader, reference = augmented(), augmented()
+    peeked = iter(loader)
+    next(peeked)
+    utils.plot_sample_data(loader)
+    assert loader.epoch == 0
+    for _ in range(2):
+        assert torch.equal(images_of_a_pass(loader), images_of_a_pass(reference))
+    assert len(list(peeked)) == 2  # an old pass that ends late
     assert loader.epoch == 2
 
 
 def test_global_generators_stay_as_they_are():
-    before = torch.get_rng_state(), copy.deepcopy(np.random.get_state())
-    passes(augmented())
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1][1])
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    utils.set_seed(0)
+    expected = draw()
+    utils.set_seed(0)
+    images_of_a_pass(augmented())
+    assert draw() == expected
 
 
 def test_augmentation_keeps_images_with_their_labels():
@@ -365,28 +309,29 @@ def test_augmentation_keeps_images_with_their_labels():
 
 def test_subset():
     chosen = Subset(Subset(numbered(50), range(10, 50)), [0, 5, 39])
-    (_, labels), *rest = BatchLoader(chosen, 10)
-    assert labels.tolist() == [10, 15, 49] and not rest
+    (images, labels), *rest = BatchLoader(chosen, 10)
+    assert labels.tolist() == numbers(images).tolist() == [10, 15, 49] and not rest
 
 
-def test_loader_refuses_what_it_cannot_batch():
-    floats, flat = numbered(5), numbered(5)
-    floats.data, flat.data = floats.data.float(), flat.data.flatten(1)
-    for dataset, shape in (
-        (floats, "(5, 28, 28)"),
-        (flat, "(5, 784)"),
-        (numbered(0), "(0, 28, 28)"),
-    ):
-        with pytest.raises(ValueError, match=r"uint8.*\(N, 28, 28\).*" + re.escape(shape)):
-            BatchLoader(dataset, 2)
-    short = numbered(5)
-    short.targets = short.targets[:3]
-    with pytest.raises(ValueError, match=r"each of 5 images.*\(3,\)"):
-        BatchLoader(short, 2)
-    for targets in (torch.eye(5), torch.arange(5.0)):
-        short.targets = targets
-        with pytest.raises(ValueError, match=r"integer label for each of 5.*float32.*argmax"):
-            BatchLoader(short, 2)
+PIXELS, LABELS = torch.zeros(5, 28, 28, dtype=torch.uint8), torch.arange(5)
+
+
+@pytest.mark.parametrize(
+    "data, targets, message",
+    [
+        (PIXELS.float(), LABELS, r"uint8 of shape \(N, 28, 28\).*got torch.float32"),
+        (PIXELS.flatten(1), LABELS, r"uint8 of shape \(N, 28, 28\).*got .* \(5, 784\)"),
+        (PIXELS[:0], LABELS[:0], r"N > 0, got .* \(0, 28, 28\)"),
+        (PIXELS, LABELS[:3], r"integer label for each of 5 images.*\(3,\)"),
+        (PIXELS, LABELS.float(), "integer label for each of 5 images.*float32.*argmax"),
+    ],
+)
+def test_wrong_images_and_labels_are_refused(data, targets, message):
+    with pytest.raises(ValueError, match=message):
+        BatchLoader(SimpleNamespace(data=data, targets=targets), 2)
+
+
+def test_a_dataset_without_images_in_memory_is_refused():
     with pytest.raises(TypeError, match="data and .targets.*TensorDataset.*DataLoader"):
         BatchLoader(TensorDataset(torch.zeros(5, 1, 28, 28)), 2)
 
@@ -415,37 +360,23 @@ def test_gpu_and_cpu_see_the_same_batches():
 
 @pytest.mark.parametrize(
     "degrees, translate, scale, shear",
-    [
-        (30, None, None, None),
-        (0, (0.1, 0.2), None, None),
-        (0, None, (0.5, 2), None),
-        (0, None, None, 20),
-        (180, (0.2, 0.3), (0.7, 1.4), 40),
-    ],
+    [(30, None, None, None), (180, (0.2, 0.3), (0.7, 1.4), 40)],
 )
 def test_affine_is_torchvisions(degrees, translate, scale, shear):
-    """Parameters drawn uniformly and in this order do what they do in torchvision's `affine`."""
-    count = 20
-    images = torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    augment = RandomAffine(degrees, translate, scale, shear)
-    transformed = augment(images, augment.draw(count, torch.Generator().manual_seed(1)))
+    """Each image's parameters, drawn in this order, do what they do in torchvision's `affine`."""
+    images = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    transformed = RandomAffine(degrees, translate, scale, shear)(images)
 
     x, y = translate or (0, 0)
     low, high = scale or (1, 1)
     limits = [(-degrees, degrees), (-x, x), (-y, y), (low, high), (-(shear or 0), shear or 0)]
-    generator = torch.Generator().manual_seed(1)
-    drawn = [torch.empty(count).uniform_(*each, generator=generator).tolist() for each in limits]
+    torch.manual_seed(1)
+    drawn = [torch.empty(20).uniform_(*each).tolist() for each in limits]
     for i, (angle, right, down, factor, slant) in enumerate(zip(*drawn, strict=True)):
         shift, shear_xy = [28 * right, 28 * down], [slant, 0.0]
         expected = affine(images[i], angle, shift, factor, shear_xy, InterpolationMode.BILINEAR)
         torch.testing.assert_close(transformed[i], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_each_image_has_parameters_of_its_own():
-    images = torch.rand(1, 1, 28, 28).expand(8, 1, 28, 28)
-    turned = RandomAffine(90)(images)
-    assert turned.shape == images.shape and len(turned.unique(dim=0)) == 8
-    torch.testing.assert_close(RandomAffine(0)(images), images)
 
 
 @pytest.mark.parametrize(
@@ -453,16 +384,13 @@ def test_each_image_has_parameters_of_its_own():
     [
         ("translate", (2, 0)),
         ("translate", (0, -0.1)),
-        ("translate", (0, float("nan"))),
-        ("scale", (0, 0)),
         ("scale", (0, 1)),
         ("scale", (1.2, 0.8)),
         ("shear", -5),
         ("shear", 90),
     ],
 )
-def test_parameters_out_of_range(option, value):
-    with pytest.raises(
-        ValueError, match=f"expected translate=.*'{option}': {re.escape(str(value))}"
-    ):
+def test_parameters_out_of_range_are_refused(option, value):
+    message = f"expected translate=.*'{option}': {re.escape(str(value))}"
+    with pytest.raises(ValueError, match=message):
         RandomAffine(10, **{option: value})
