@@ -1,6 +1,6 @@
 """Train, test, data, plot and checkpoint helpers for small image classifiers.
 
-In short:
+Example:
 
     train_data, test_data = load_data("MNIST")
     train_loader = BatchLoader(train_data, 128, shuffle=True, augment=RandomAffine(10))
@@ -62,7 +62,7 @@ DIGESTS = {  # of the decoded images and labels: the training split's, the test 
 
 
 def get_device():
-    """Return the best `torch.device` there is: CUDA, then MPS, then the CPU."""
+    """Return the best `torch.device` available: CUDA, then MPS, then the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -106,11 +106,11 @@ def train(
     """Train `model` for one epoch and return its `Metrics(loss, accuracy)`.
 
     `criterion(output, target)` must return the mean over the batch. If it returns the sum, it needs
-    an attribute `reduction` that says "sum": PyTorch's losses have one, and a function or `partial`
-    can be given one (`criterion.reduction = "sum"`); without it, the loss reported is too large.
+    an attribute `reduction` with the value "sum", as PyTorch's losses have it; for a function or
+    `partial`, set `criterion.reduction = "sum"`. Otherwise, the loss reported is too large.
 
-    Loss and accuracy of a batch are those before its optimizer step. They are averaged over the
-    samples, and over all processes where there are several, which must then all call this.
+    Loss and accuracy of a batch are those before its optimizer step. They are averaged over all
+    samples and, if there are several processes, over these; all of them must call this.
 
     model: its output has the shape (N, classes); it is on `device`.
     train_loader: any iterable of batches (data, target): normalised float images and N integer
@@ -119,9 +119,9 @@ def train(
     scheduler: a learning rate scheduler that is stepped after each batch.
     progress: show a progress bar.
 
-    Raises TypeError where the last two are not lists, ValueError for an empty loader, uint8 images,
-    one-hot or float labels or an output of another shape, and FloatingPointError where the loss is
-    not finite.
+    Raises TypeError if train_losses or train_acc is no list, ValueError for an empty loader, uint8
+    images, one-hot or float labels or an output of another shape, and FloatingPointError if the
+    loss is not finite.
     """
     model.train()
     metrics = RunningMetrics(criterion, train_losses, train_acc, optimizer)
@@ -169,8 +169,8 @@ def predict(model, device, loader):
     They are on the CPU: classes (N,), probabilities (N, classes) whose rows sum to 1, and labels
     (N,). The model gives logits or log-probabilities; it is left in evaluation mode.
 
-    Raises ValueError for an empty loader, FloatingPointError where an output is not a number, and
-    RuntimeError in one of several processes, each of which would see only its share.
+    Raises ValueError for an empty loader, FloatingPointError if an output is nan, and RuntimeError
+    if several processes are running, because each would see only its share.
     """
     if _world_size() > 1:
         raise RuntimeError("predict is for one process: call it after end_distributed()")
@@ -183,7 +183,7 @@ def predict(model, device, loader):
         raise ValueError(EMPTY)
     probabilities = torch.cat(outputs)
     if probabilities.isnan().any():
-        raise FloatingPointError("the model's output is not a number (nan)")
+        raise FloatingPointError("the model's output is nan: its weights are probably nan, too")
     return probabilities.argmax(dim=1), probabilities, torch.cat(targets)
 
 
@@ -197,7 +197,7 @@ class RunningMetrics:
 
     criterion: as for `train`.
     losses, accuracies: lists to which `finish` appends, or None.
-    optimizer: its learning rate is named where the loss is not finite.
+    optimizer: its learning rate is named if the loss is not finite.
     """
 
     def __init__(self, criterion, losses=None, accuracies=None, optimizer=None):
@@ -271,12 +271,12 @@ def progress_bar(loader, description, metrics, show=True):
             show_metrics()
 
 
-def print_epoch(epoch, epochs, trained, tested, seconds):
+def print_epoch(epoch, epochs, train_metrics, test_metrics, seconds):
     """Print a line about an epoch: its `Metrics` in training and test, and the training time."""
     print(
         f"Epoch {epoch}/{epochs}"
-        f"  train loss {trained.loss:.4f} accuracy {trained.accuracy:.2f} %"
-        f"  test loss {tested.loss:.4f} accuracy {tested.accuracy:.2f} %"
+        f"  train loss {train_metrics.loss:.4f} accuracy {train_metrics.accuracy:.2f} %"
+        f"  test loss {test_metrics.loss:.4f} accuracy {test_metrics.accuracy:.2f} %"
         f"  {seconds:.1f} s"
     )
 
@@ -287,10 +287,10 @@ def print_epoch(epoch, epochs, trained, tested, seconds):
 def init_distributed():
     """Join the processes that `torchrun` started, if any, and return this one's `torch.device`.
 
-    One process alone gets `get_device()`. Of several, each gets a CUDA GPU of its own (NCCL), or
-    all get the CPU where there is no CUDA (Gloo); from then on only the first one prints.
+    A single process gets `get_device()`. Of several, each gets a CUDA GPU of its own (NCCL) or, if
+    there is no CUDA, the CPU (Gloo); from then on, only the first one prints.
 
-    Raises ValueError where a machine has fewer GPUs than processes.
+    Raises ValueError if a machine has fewer GPUs than processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return get_device()
@@ -318,10 +318,10 @@ def init_distributed():
 
 
 def data_parallel(model):
-    """Return `model` in `DistributedDataParallel`, or as it is where there is one process.
+    """Return `model` in `DistributedDataParallel`, or `model` itself if there is one process.
 
-    Each process trains on its share of a batch, and their gradients are averaged. Batch norm
-    normalises each share by itself; the running statistics of the first process count.
+    Each process trains on its share of a batch, and the gradients are averaged. Batch norm
+    normalises each share by itself; the running statistics of the first process are kept.
     """
     if _world_size() == 1:
         return model
@@ -511,19 +511,18 @@ class BatchLoader:
     (N,). The last batch may be smaller.
 
     Order and augmentation depend on `seed` and `epoch` alone. `epoch` counts the completed passes
-    and can be set, as when a run is resumed; looking at a batch changes nothing.
+    and can be set, for example to resume a run; looking at a batch changes nothing.
 
-    Of several processes (see `init_distributed`), each gets its share of every batch; `batch_size`
-    is that of all together. In training, all shares are of equal size, which leaves out up to
-    `world_size - 1` samples a pass; under `torch.no_grad()`, as in `test`, none is left out.
+    If there are several processes, each gets its share of every batch; `batch_size` is that of all
+    together. In training, all shares are of equal size, so up to `world_size - 1` samples are left
+    out of a pass; under `torch.no_grad()`, as in `test`, none is.
 
     dataset: has `.data`, uint8 of shape (N, 28, 28), and `.targets`, N integers, and no transform;
         or is a `Subset` of such a dataset.
     augment: a `RandomAffine`.
 
-    Raises TypeError for a dataset without `.data` and `.targets`, ValueError for images or labels
-    of another kind, for a dataset with a transform, which would not be applied, and in training
-    for a batch size that is not a multiple of the number of processes.
+    Raises ValueError for other images or labels, for a dataset with a transform, which would not be
+    applied, and in training if the batch size is not a multiple of the number of processes.
     """
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
@@ -590,15 +589,10 @@ def _tensors(dataset):
     if isinstance(dataset, Subset):
         images, targets = _tensors(dataset.dataset)
         return images[dataset.indices], targets[dataset.indices]
-    if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
-        raise TypeError(
-            "expected a dataset with .data and .targets, such as load_data returns, got "
-            f"{type(dataset).__name__}; for others there is torch.utils.data.DataLoader"
-        )
     if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
         raise ValueError(
             "BatchLoader does not apply the dataset's transform: leave it out (BatchLoader scales "
-            "and normalises, augment= distorts), or use torch.utils.data.DataLoader"
+            "and normalises by itself), or use torch.utils.data.DataLoader"
         )
     targets = torch.as_tensor(dataset.targets)
     if isinstance(dataset, datasets.QMNIST):
@@ -609,9 +603,9 @@ def _tensors(dataset):
 class RandomAffine:
     """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
 
-    The arguments are those of `torchvision.transforms.v2.RandomAffine`, which draws one set of
-    parameters for a whole batch. Interpolation is bilinear, shifts are not rounded to whole pixels,
-    and what comes from outside the image is 0.
+    Like `torchvision.transforms.v2.RandomAffine`, which draws one set of parameters for a whole
+    batch; degrees and shear are single numbers here. Interpolation is bilinear, shifts are not
+    rounded to whole pixels, and what comes from outside the image is 0.
 
     degrees: largest rotation in degrees, in both directions.
     translate: largest shifts (horizontal, vertical) as fractions of the image's side, 0 to 1.
@@ -718,15 +712,11 @@ def predict_image(model, image):
     it has more pixels than Pillow accepts, about 179 million.
     """
     prepared = _mnist_form(_find_digit(_upright_grey(image)))
-    like = next(model.parameters(), torch.empty(0))  # of the dtype and on the device to use
+    like = next(model.parameters(), torch.empty(0))  # of the model's dtype, on its device
     data = (torch.from_numpy(prepared).to(like) / 255 - MEAN) / STD
-    model.eval()
-    with torch.no_grad():
-        output = model(data[None, None])  # (1, 1, 28, 28) to (1, classes)
-    probabilities = output[0].softmax(dim=0).cpu()
-    if probabilities.isnan().any():
-        raise FloatingPointError("the model's output is nan, so its weights are of no use")
-    return int(probabilities.argmax()), probabilities, prepared
+    batch = data[None, None], torch.zeros(1)  # (1, 1, 28, 28), and a label that is not used
+    (digit,), (probabilities,), _ = predict(model, like.device, [batch])
+    return int(digit), probabilities, prepared
 
 
 def _upright_grey(image):
@@ -973,7 +963,7 @@ def plot_misclassified(loader, predictions, probabilities, targets, *, title=Non
 def plot_confusion_matrix(predictions, targets, classes, *, title=None):
     """Plot how often each class was predicted for each true class.
 
-    Only the errors are coloured: the many correct predictions on the diagonal would outshine them.
+    Only the errors are coloured: the many correct predictions on the diagonal would swamp them.
 
     predictions, targets: N integers each, 0 to len(classes) - 1.
     classes: names of the classes.
@@ -1005,8 +995,6 @@ def plot_prediction(image, probabilities, prepared, classes=None, *, title=None)
     classes: names of the classes; by default their numbers.
     """
     grey, percent = _upright_grey(image), 100 * np.asarray(probabilities)
-    if classes is not None and len(classes) != len(percent):
-        raise ValueError(f"expected {len(percent)} names of classes, got {len(classes)}")
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     left.imshow(grey, cmap="gray", vmin=0, vmax=1)
     left.set_title("the image, in grey")
@@ -1054,17 +1042,17 @@ def _plot_images(images, titles, title):
 def save_checkpoint(path, epoch, hyperparameters, **state):
     """Write what a run needs in order to go on after `epoch` as if it had never stopped.
 
-    The file is written beside `path`, flushed to disk and moved over it: whenever the machine
-    stops, `path` is the old checkpoint or the new one, whole. Of several processes, the first one
-    writes.
+    That is `state` and PyTorch's random state, but neither Python's nor NumPy's. The file is
+    written beside `path`, flushed to disk and moved over it: whenever the machine stops, `path` is
+    the old checkpoint or the new one, whole. Of several processes, the first one writes.
 
     epoch: number of completed epochs.
     hyperparameters: a dictionary, by which `resume` tells this run from another.
     state: by name, the model, the optimizer and whatever else has a `state_dict()`, and lists.
 
-    Raises ValueError if something else than tensors, numbers, strings, lists, tuples and
-    dictionaries is to be saved, and OSError if the file cannot be written. The previous checkpoint
-    is then untouched.
+    Raises ValueError for anything other than tensors, numbers, strings, lists, tuples and
+    dictionaries, and OSError if the file cannot be written. The previous checkpoint is then
+    untouched.
     """
     if _rank() > 0:
         return
@@ -1089,6 +1077,11 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
             os.fsync(file.fileno())
         load_checkpoint(unfinished)  # what cannot be read is refused now, not when it is needed
         os.replace(unfinished, path)
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' was not saved: a checkpoint may contain tensors, Python's own numbers (of "
+            "another, take float(x)), strings, lists, tuples and dictionaries"
+        ) from error.__cause__
     except OSError as error:
         message = f"could not write the checkpoint ({error.strerror})"
         raise OSError(error.errno, message, str(path)) from error
@@ -1103,7 +1096,7 @@ def load_checkpoint(path):
     Its keys are epoch, hyperparameters, types, random_state, cuda_random_state and the names that
     `save_checkpoint` was given.
 
-    Raises FileNotFoundError if there is no file, and ValueError if it is damaged or is no
+    Raises FileNotFoundError if there is no file, and ValueError if it is damaged or not a
     checkpoint.
     """
     file = io.BytesIO(Path(path).read_bytes())
@@ -1117,9 +1110,8 @@ def load_checkpoint(path):
             raise ValueError("some of a checkpoint's keys are missing")
     except Exception as error:  # zipfile and torch.load raise errors of many types
         raise ValueError(
-            f"'{path}' cannot be read: it is damaged, or contains something else than tensors, "
-            "numbers, strings, lists and dictionaries. Go back to an earlier checkpoint, or start "
-            "a new run with RESUME = False"
+            f"'{path}' is damaged, or not a checkpoint. Go back to an earlier one, or start a new "
+            "run with RESUME = False, which keeps this file as .damaged"
         ) from error
     return checkpoint
 
@@ -1127,14 +1119,14 @@ def load_checkpoint(path):
 def resume(path, hyperparameters, **state):
     """Restore a run from its checkpoint and return the epoch to go on with, 1 for a new run.
 
-    Where there is no checkpoint, the run is new, and its state is saved as that after epoch 0: so
-    even a run that is stopped in its first epoch can go on. Of several processes, all call this,
-    and all get what the first one reads.
+    If there is no checkpoint, the run is new, and its state is saved as that after epoch 0: so even
+    a run that is stopped in its first epoch can go on. If there are several processes, all must
+    call this, and all get what the first one reads.
 
     path, hyperparameters, state: as for `save_checkpoint`; lists are filled in place.
 
-    Raises ValueError where the checkpoint is damaged, or belongs to a run with other
-    hyperparameters or with another type of model, optimizer and so on. Nothing is changed then.
+    Raises ValueError if the checkpoint is damaged, or belongs to a run with other hyperparameters
+    or with a part of another type, such as another optimizer. Nothing is changed then.
     """
     path = Path(path)
     if _rank() == 0 and not path.exists():
@@ -1150,9 +1142,10 @@ def resume(path, hyperparameters, **state):
     ]
     if changes:
         raise ValueError(
-            f"'{path}' holds a run with other parameters: {', '.join(changes)}. Set them back to "
-            "go on with that run. Or start a new one with RESUME = False; it can start from the "
-            f"old one's weights: model.load_state_dict(load_checkpoint('{path}.bak')['model'])"
+            f"'{path}' belongs to a run with other parameters: {', '.join(changes)}. Set them back "
+            "to continue that run. Or start a new one: set RESUME = False and run all cells from "
+            "Parameters on. It can start from the old one's weights: "
+            f"model.load_state_dict(load_checkpoint('{path}.bak')['model'])"
         )
     for name, part in state.items():
         if isinstance(part, list):
@@ -1163,24 +1156,28 @@ def resume(path, hyperparameters, **state):
     if torch.cuda.is_available() and checkpoint["cuda_random_state"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_random_state"])
     if checkpoint["epoch"] > 0:
-        print(f"Going on after epoch {checkpoint['epoch']}, from {path}")
+        print(f"Resuming after epoch {checkpoint['epoch']}, from {path}")
     return checkpoint["epoch"] + 1
 
 
 def back_up_checkpoint(path):
-    """Make room for a new run: move the checkpoint of an earlier one to `path`.bak.
+    """Make room for a new run: rename the checkpoint of an earlier one to `path`.bak.
 
-    One after epoch 0 is deleted instead, lest it replace a backup that was trained.
+    An untrained checkpoint (epoch 0) is deleted and a damaged one renamed to `path`.damaged, so
+    that neither replaces a trained backup.
     """
     path = Path(path)
     if _rank() > 0 or not path.exists():
         return
-    with contextlib.suppress(ValueError):  # a damaged one is moved, too
+    try:
         if load_checkpoint(path)["epoch"] == 0:
             path.unlink()
             return
-    path.replace(f"{path}.bak")
-    print(f"The checkpoint of the run before is now {path}.bak")
+        backup = f"{path}.bak"
+    except ValueError:
+        backup = f"{path}.damaged"
+    path.replace(backup)
+    print(f"The previous run's checkpoint is now {backup}")
 
 
 def _types(state):

@@ -130,7 +130,7 @@ def test_a_stopped_run_ends_like_one_that_ran_through(tmp_path, finished, capsys
     assert equal(run.content(), finished.content()) and len(run.losses) == EPOCHS
     lines = [f"There is no {path} yet: training starts with epoch 1"]
     if epoch == 3:
-        lines.append(f"Going on after epoch 2, from {path}")
+        lines.append(f"Resuming after epoch 2, from {path}")
     assert capsys.readouterr().out.splitlines() == lines
 
 
@@ -166,13 +166,13 @@ def test_what_cannot_be_read_back_is_refused_and_the_old_checkpoint_stays(tmp_pa
     run.resume()
     before = run.path.read_bytes()
     run.hyperparameters["augment"] = RandomAffine(10)
-    with pytest.raises(ValueError, match="checkpoint.pt.new' cannot be read") as error:
+    with pytest.raises(ValueError, match="checkpoint.pt' was not saved") as error:
         run.save(1)
     assert "RandomAffine" in str(error.value.__cause__)
     assert run.path.read_bytes() == before
 
 
-def test_a_backup_is_made_of_what_was_trained(tmp_path):
+def test_a_backup_is_only_replaced_by_what_was_trained(tmp_path):
     path, backup = tmp_path / "it.pt", tmp_path / "it.pt.bak"
     utils.back_up_checkpoint(path)  # nothing is there
     for epoch in (3, 0):
@@ -181,7 +181,8 @@ def test_a_backup_is_made_of_what_was_trained(tmp_path):
         assert not path.exists() and load_checkpoint(backup)["epoch"] == 3
     path.write_bytes(b"damaged")
     utils.back_up_checkpoint(path)
-    assert not path.exists() and backup.read_bytes() == b"damaged"
+    assert not path.exists() and load_checkpoint(backup)["epoch"] == 3
+    assert (tmp_path / "it.pt.damaged").read_bytes() == b"damaged"
 
 
 # --- what does not fit
@@ -228,7 +229,7 @@ def test_files_of_another_kind_are_refused(tmp_path, finished):
     torch.save(finished.model.state_dict(), weights)
     for content in (b"", b"epoch 3", weights.getvalue()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint.pt' cannot be read: it is damaged"):
+        with pytest.raises(ValueError, match="checkpoint.pt' is damaged, or not a checkpoint"):
             load_checkpoint(path)
 
 

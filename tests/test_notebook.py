@@ -92,20 +92,20 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
         assert (folder / "runs" / name).stat().st_size > 1000
     epochs, expected = EPOCH.findall(stdout(whole)), weights(folder)
     checkpoint = (folder / "runs" / "checkpoint.pt").read_bytes()
-    moved = f"The checkpoint of the run before is now {Path('runs', 'checkpoint.pt.bak')}\n"
+    moved = f"The previous run's checkpoint is now {Path('runs', 'checkpoint.pt.bak')}\n"
 
     stopped = nbformat.read("S5.ipynb", as_version=4)
     (loop,) = [cell for cell in code_cells(stopped) if "for epoch in" in cell.source]
     (parameters,) = [cell for cell in code_cells(stopped) if is_parameters(cell)]
     parameters.source += '\nDATASET, EPOCHS, PROGRESS = "digits", 4, True'
     again = nbformat.from_dict({**loop, "id": "again"})
-    stop = "    if epoch == 2:\n        raise KeyboardInterrupt\n    tested = test("
-    loop.source = loop.source.replace("    tested = test(", stop)
+    stop = "    if epoch == 2:\n        raise KeyboardInterrupt\n    test_metrics = test("
+    loop.source = loop.source.replace("    test_metrics = test(", stop)
     loop.metadata["tags"] = ["raises-exception"]
     stopped.cells.insert(stopped.cells.index(loop) + 1, again)
     NotebookClient(stopped, resources={"metadata": {"path": "."}}).execute()
     assert loop.outputs[-1]["ename"] == "KeyboardInterrupt"
-    assert moved in stdout(stopped) and "Going on after epoch 1, from" in stdout(stopped)
+    assert moved in stdout(stopped) and "Resuming after epoch 1, from" in stdout(stopped)
     assert (folder / "runs" / "checkpoint.pt.bak").read_bytes() == checkpoint
     assert EPOCH.findall(stdout(stopped)) == epochs and torch.equal(weights(folder), expected)
 
@@ -121,7 +121,7 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
     Path("S5.py").write_text(Path("S5.py").read_text().replace("RESUME = False", "RESUME = True"))
     resumed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert moved in printed and re.search(
-        r"^Going on after epoch [234], from", resumed.stdout, re.M
+        r"^Resuming after epoch [234], from", resumed.stdout, re.M
     )
     lines = EPOCH.findall("".join(printed)) + EPOCH.findall(resumed.stdout)
     assert lines[:2] == epochs[:2] and set(lines) <= set(epochs)

@@ -94,6 +94,14 @@ def test_metrics_do_not_depend_on_the_split_into_batches(sizes):
     assert accuracy == 100 * utils.get_correct_pred_count(outputs, labels) / sum(sizes)
 
 
+def test_metrics_stay_exact_over_many_batches():
+    metrics = utils.RunningMetrics(F.nll_loss)
+    output, target = torch.tensor([[0.9, 0.1]]), torch.tensor([0])
+    for _ in range(20_000):
+        metrics.update(torch.tensor(0.1), output, target)
+    assert metrics.compute() == pytest.approx((torch.tensor(0.1).item(), 100), rel=1e-6)
+
+
 # --- the loop
 
 
