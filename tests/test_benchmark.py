@@ -19,7 +19,7 @@ def result(name, accuracy, seconds, **others):
     return {"name": name, "accuracy": accuracy, "seconds": seconds, **usual, **others}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def digits():
     return benchmark.load_data("digits")[0]
 

@@ -365,18 +365,21 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, finished):
         ["torch", "torchvision", "matplotlib.pyplot", "sklearn.datasets"]
     )
     generator, kills, wanted = random.Random(0), Counter(), int(os.environ.get("KILLS", 6))
-    runs = 0
+    runs, duration = 0, finished.seconds
     while kills.total() < wanted:
         runs += 1
         path = tmp_path / f"{runs}.pt"
         exitcode = None
         while exitcode != 0:
             moment = generator.choice(MOMENTS) if kills.total() < wanted else "never"
-            saving, seconds = generator.randint(1, EPOCHS), generator.uniform(0, finished.seconds)
+            saving, seconds = generator.randint(1, EPOCHS), generator.uniform(0, duration)
+            start = time.perf_counter()
             process = context.Process(target=train_and_die, args=(path, moment, saving, seconds))
             process.start()
             process.join()
             exitcode = process.exitcode
+            if exitcode == 0:
+                duration = min(duration, time.perf_counter() - start)
             assert exitcode in (0, -signal.SIGKILL, -signal.SIGALRM)
             kills[moment] += exitcode != 0
             if path.exists():

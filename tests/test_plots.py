@@ -161,7 +161,6 @@ COLOUR = [(torch.zeros(30, 3, 28, 28), TARGETS)]
         ("sample_data", (COLOUR,), r"\(N, 1, H, W\)"),
         ("misclassified", (SHUFFLED, *INPUT["misclassified"][1:]), "does not shuffle"),
         ("confusion_matrix", (PREDICTIONS, TARGETS, DATA.classes[:5]), "from 0 to 4"),
-        ("prediction", (*INPUT["prediction"][:3], DATA.classes[:5]), "10 names of classes, got 5"),
     ],
 )
 def test_wrong_input_is_refused_before_a_figure_is_opened(name, values, message):
