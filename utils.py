@@ -304,9 +304,6 @@ def init_distributed():
                 "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
             )
         torch.cuda.set_device(device)
-    # Imported later, by DDP, this module would keep the group alive (see end_distributed).
-    from torch.distributed.nn import functional  # noqa: F401
-
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     if _rank() > 0:

@@ -34,6 +34,7 @@ from utils import (  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SIZES = {"even": (100, 50), "uneven": (97, 64), "a last batch of two": (66, 64)}
+KEPT = []  # models that live until the process ends, as those of a notebook do
 
 
 class FrozenStatistics(Net):
@@ -57,9 +58,9 @@ def run(kind, lr, count, batch_size, seed=0):
     loader = BatchLoader(digits(count), batch_size, shuffle=True)
     test_loader = BatchLoader(digits(97), 40)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    trained = utils.train(
-        data_parallel(model), "cpu", loader, optimizer, F.nll_loss, progress=False
-    )
+    parallel_model = data_parallel(model)
+    KEPT.append(parallel_model)
+    trained = utils.train(parallel_model, "cpu", loader, optimizer, F.nll_loss, progress=False)
     tested = utils.test(model, "cpu", test_loader, nn.NLLLoss(reduction="sum"), progress=False)
     return {
         "metrics": [tuple(trained), tuple(tested)],
