@@ -87,7 +87,7 @@ def set_seed(seed):
 class Metrics(NamedTuple):
     """What one pass over a loader measured."""
 
-    loss: float  # mean over the samples seen
+    loss: float  # mean over the samples seen; with class weights, over the batches' means
     accuracy: float  # percent of those samples, 0 to 100
 
 
