@@ -130,7 +130,7 @@ def test_a_stopped_run_ends_like_one_that_ran_through(tmp_path, finished, capsys
     assert equal(run.content(), finished.content()) and len(run.losses) == EPOCHS
     lines = [f"There is no {path} yet: training starts with epoch 1"]
     if epoch == 3:
-        lines.append(f"Resuming after epoch 2, from {path}")
+        lines.append(f"Restored epoch 2 from {path}")
     assert capsys.readouterr().out.splitlines() == lines
 
 

@@ -261,9 +261,7 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_run_again(folder):
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 0, Path("stderr.txt").read_text()
     assert printed.startswith("2 processes, each on the CPU\n")
-    assert (
-        printed.count(f"Resuming after epoch {done}, from {Path('runs', 'checkpoint.pt')}\n") == 1
-    )
+    assert printed.count(f"Restored epoch {done} from {Path('runs', 'checkpoint.pt')}\n") == 1
     lines = EPOCH.findall(printed)
     assert [int(epoch) for epoch, *_ in lines] == list(range(done + 1, 17))
     after = load_checkpoint("runs/checkpoint.pt")

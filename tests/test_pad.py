@@ -3,10 +3,12 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -17,47 +19,80 @@ from PIL import Image, ImageDraw
 import utils
 
 CLASSES = utils.load_data("digits")[0].classes
-SEVEN = [(60, 60), (210, 60)], [(210, 60), (140, 230)]  # strokes on 280×280 pixels
+SEVEN = [(60, 60), (210, 60)], [(210, 60), (140, 230)]  # strokes on 320×320 pixels
 TWO_ONES = [(80, 60), (80, 220)], [(200, 60), (200, 220)]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-class SureOfSeven(nn.Module):
-    """A model that gives the 7 a probability of 98 %, whatever the image."""
+class Constant(nn.Module):
+    """A model that gives the 7 this probability, whatever the image."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.probabilities = torch.full((1, 10), (1 - probability) / 9)
+        self.probabilities[:, 7] = probability
 
     def forward(self, images):
-        probabilities = torch.full((len(images), 10), 0.02 / 9)
-        probabilities[:, 7] = 0.98
-        return probabilities.log()
+        return self.probabilities.log()
 
 
-def draw(*strokes):
+def draw(*strokes, width=7):
     """Return a drawing as a browser sends it: a PNG with an alpha channel, as a data URL."""
-    image = Image.new("RGBA", (280, 280), "white")
+    image = Image.new("RGBA", (320, 320), "white")
     for stroke in strokes:
-        ImageDraw.Draw(image).line(stroke, "black", width=14)
+        ImageDraw.Draw(image).line(stroke, "black", width)
     png = io.BytesIO()
     image.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
+def answer(pad, *strokes, **options):
+    """Send a drawing and return the answer's text."""
+    number = pad.drawing["number"] + 1
+    pad.drawing = {"png": draw(*strokes, **options), "number": number}
+    assert pad.answer["number"] == number  # so that the browser knows what was answered
+    return pad.answer["text"]
+
+
 def test_the_pad_answers_each_drawing():
-    pad = utils.drawing_pad(SureOfSeven(), CLASSES)
-    assert pad.answer == "Draw a digit."
-    pad.drawing = draw(*SEVEN)
-    assert pad.answer == "7 - seven (98%)"
-    pad.drawing = draw(*TWO_ONES)
-    assert "several digits" in pad.answer
-    pad.drawing = draw()
-    assert "no ink" in pad.answer
-    pad.drawing = ""  # cleared
-    assert pad.answer == "Draw a digit."
+    pad = utils.drawing_pad(Constant(0.98), CLASSES)
+    assert answer(pad, *SEVEN) == "7 - seven (98 %)"
+    assert pad.answer["percent"] == [0] * 7 + [98, 0, 0]
+    png = base64.b64decode(pad.answer["prepared"].removeprefix("data:image/png;base64,"))
+    prepared = np.asarray(Image.open(io.BytesIO(png)))
+    assert prepared.shape == (28, 28) and prepared.max() == 255
+    assert answer(pad, *TWO_ONES).startswith("Expected a single digit")
+    assert "prepared" not in pad.answer and "percent" not in pad.answer
+    for dot in (draw([(90, 90), (96, 90)]), draw()):
+        pad.drawing = {"png": dot, "number": 0}
+        assert pad.answer["text"] == "This is only a dot: draw a digit."
+    small = [(250, 20), (280, 20)], [(280, 20), (262, 60)]
+    assert answer(pad, *small) == "7 - seven (98 %)"
+    doubtful = utils.drawing_pad(Constant(0.79), CLASSES)
+    expected = "Not sure: perhaps 7 - seven (79 %), perhaps no digit."
+    assert answer(doubtful, *SEVEN) == expected
 
 
-def test_a_viewer_without_widgets_shows_a_sentence():
-    pad = utils.drawing_pad(SureOfSeven(), CLASSES)
-    data, _ = DisplayFormatter().format(pad)  # what a notebook stores of it
-    assert "application/vnd.jupyter.widget-view+json" in data
-    assert data["text/plain"] == "Drawing pad: run this cell in Jupyter to draw a digit."
+def test_the_pad_leaves_a_model_in_training_alone():
+    model = nn.Sequential(Constant(0.98), nn.Dropout())
+    pad = utils.drawing_pad(model.train(), CLASSES)
+    assert answer(pad, *SEVEN) == "7 - seven (98 %)" and model.training and model[1].training
+
+
+@pytest.mark.parametrize("viewer", ["JupyterLab", "another", "papermill"])
+def test_what_a_notebook_keeps_of_the_pad_is_a_sentence(monkeypatch, viewer):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    if viewer == "JupyterLab":
+        monkeypatch.setenv("JPY_SESSION_NAME", "S5.ipynb")
+    monkeypatch.setattr(utils, "_is_watched", lambda: viewer != "papermill")
+    pad = utils.drawing_pad(Constant(0.98), CLASSES)
+    data, _ = DisplayFormatter().format(pad)
+    sentence = "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
+    assert data.pop("text/plain") == sentence
+    if viewer == "JupyterLab":  # the pad looks for this element; a saved widget would be an error
+        assert data == {"text/html": f'<div id="{pad.place}">{sentence}</div>'}
+    else:
+        assert list(data) == [WIDGET] * (viewer == "another")
 
 
 def test_only_the_pad_needs_the_widget_library(monkeypatch):
@@ -65,10 +100,14 @@ def test_only_the_pad_needs_the_widget_library(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     names = runpy.run_path(str(ROOT / "utils.py"))
     with pytest.raises(ModuleNotFoundError, match="anywidget"):
-        names["drawing_pad"](SureOfSeven(), CLASSES)
+        names["drawing_pad"](Constant(0.98), CLASSES)
 
 
-CELL = """\
+CELLS = (
+    """\
+import os
+from pathlib import Path
+
 import torch
 import utils
 from model import Net
@@ -80,17 +119,23 @@ loader = utils.BatchLoader(part, 100, shuffle=True)
 model = Net()
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
 utils.train(model, "cpu", loader, optimizer, torch.nn.functional.nll_loss, progress=False)
-utils.drawing_pad(model, train_data.classes)"""
+Path("pid").write_text(str(os.getpid()))""",
+    "utils.drawing_pad(model, train_data.classes)",
+)
 
 
-@pytest.mark.skipif("BROWSER" not in os.environ, reason="BROWSER does not name a Chromium")
-def test_a_seven_drawn_in_jupyterlab_is_recognised(mnist_root, tmp_path, monkeypatch):
-    """Draws with the mouse; needs playwright."""
+NO_ANSWER = "No answer: the kernel is busy, or it was restarted."
+
+
+@pytest.fixture
+def page(mnist_root, tmp_path, monkeypatch):
+    """A browser's page with a notebook of two cells in JupyterLab, all of them run."""
     from playwright.sync_api import Error, sync_playwright
 
     monkeypatch.setenv("DATA_DIR", str(mnist_root))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "pad.ipynb")
     options = ["--no-browser", "--allow-root", "--port=8765", "--IdentityProvider.token="]
@@ -107,21 +152,93 @@ def test_a_seven_drawn_in_jupyterlab_is_recognised(mnist_root, tmp_path, monkeyp
                     break
                 page.wait_for_timeout(1000)
             page.get_by_text("| Idle").wait_for(timeout=120_000)  # so is the kernel
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_text("Run All Cells", exact=True).click()
-            canvas = page.locator("canvas[width='280']")
-            canvas.wait_for(timeout=120_000)
-            box = canvas.bounding_box()
-            for stroke in SEVEN:
-                start, end = [(box["x"] + x, box["y"] + y) for x, y in stroke]
-                page.mouse.move(*start)
-                page.mouse.down()
-                page.mouse.move(*end, steps=20)
-                page.mouse.up()
-            page.locator("output", has_text="7 - seven (").wait_for()
-            page.get_by_role("button", name="Clear").click()
-            page.locator("output", has_text="Draw a digit.").wait_for()
+            choose(page, "Run", "Run All Cells")
+            page.locator("canvas").wait_for(timeout=120_000)
+            page.get_by_text("| Idle").wait_for(timeout=60_000)
+            yield page
             browser.close()
     finally:
         lab.terminate()
         lab.wait()
+
+
+def choose(page, menu, item):
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.locator(".lm-Menu-itemLabel").get_by_text(item, exact=True).click()
+
+
+def draw_with_the_mouse(page, *strokes):
+    page.locator("canvas").scroll_into_view_if_needed()
+    box = page.locator("canvas").bounding_box()
+    for stroke in strokes:
+        start, end = [(box["x"] + x, box["y"] + y) for x, y in stroke]
+        page.mouse.move(*start)
+        page.mouse.down()
+        page.mouse.move(*end, steps=20)
+        page.mouse.up()
+
+
+def ink(page):
+    """Count the dark pixels of the pad."""
+    return page.locator("canvas").evaluate(
+        "c => c.getContext('2d').getImageData(0, 0, 320, 320).data"
+        ".filter((value, i) => i % 4 == 0 && value < 128).length"
+    )
+
+
+@pytest.mark.skipif("BROWSER" not in os.environ, reason="BROWSER does not name a Chromium")
+def test_the_pad_in_jupyterlab(page, tmp_path):
+    """Needs playwright, and a Chromium or Chrome that BROWSER names."""
+
+    def expect(text, timeout=10_000):
+        page.locator("output", has_text=text).wait_for(timeout=timeout)
+
+    def clear():
+        page.get_by_role("button", name="Clear").click()
+        expect("Draw a digit.")
+        assert ink(page) == 0
+
+    expect("Draw a digit.")
+    draw_with_the_mouse(page, *SEVEN)
+    expect("7 - seven (")
+    assert page.locator("img[src^='data:image/png']").bounding_box()["width"] > 100
+    bar = page.locator("tr", has_text="7 - seven").locator("meter")
+    assert bar.evaluate("meter => meter.value") > 50
+    clear()
+    draw_with_the_mouse(page, [(100, 100), (100, 100)])
+    assert 10 < ink(page) < 100
+    expect("only a dot")
+    clear()
+
+    draw_with_the_mouse(page, *SEVEN)  # is still there when the page is loaded again
+    expect("7 - seven (")
+    before = ink(page)
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(2000)
+    page.reload()
+    page.locator("canvas").wait_for(timeout=60_000)
+    expect("7 - seven (")
+    assert ink(page) == before > 1000
+
+    kernel = int((tmp_path / "pid").read_text())
+    os.kill(kernel, signal.SIGSTOP)  # a busy kernel; JupyterLab sees no difference
+    clear()
+    draw_with_the_mouse(page, *SEVEN)
+    expect("…")
+    expect(NO_ANSWER)
+    os.kill(kernel, signal.SIGCONT)
+    expect("7 - seven (")
+
+    choose(page, "Kernel", "Restart Kernel…")  # a kernel that is gone
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    page.wait_for_timeout(3000)
+    clear()
+    draw_with_the_mouse(page, *SEVEN)
+    expect(NO_ANSWER)
+    clear()
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(2000)
+    page.reload()
+    page.get_by_text("Drawing pad: run all cells").wait_for(timeout=60_000)
+    assert page.locator("canvas").count() == 0
+    assert "widgets" not in nbformat.read(tmp_path / "pad.ipynb", as_version=4).metadata

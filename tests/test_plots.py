@@ -1,3 +1,5 @@
+import warnings
+
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
@@ -7,6 +9,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
+from torchvision import datasets
 
 import utils
 
@@ -77,15 +80,24 @@ def test_a_notebook_shows_each_figure_once(tmp_path, monkeypatch):
 
 
 def test_train_metrics():
-    loss_axes, accuracy_axes = plot("train_metrics")
+    loss_axes, error_axes = plot("train_metrics")
     for axes, name, expected in (
         (loss_axes, "loss", {"train 0.2500": [0.5, 0.25], "test 0.1250": [0.4, 0.125]}),
-        (accuracy_axes, "accuracy (%)", {"train 95.50 %": [90, 95.5], "test 96.25 %": [91, 96.25]}),
+        (error_axes, "error (%)", {"train 4.50 %": [10, 4.5], "test 3.75 %": [9, 3.75]}),
     ):
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", name)
         assert [text.get_text() for text in axes.get_legend().get_texts()] == list(expected)
         curves = [line.get_xydata().T.tolist() for line in axes.lines]
         assert curves == [[[1, 2], values] for values in expected.values()]
+        assert axes.get_yscale() == "log"
+
+
+def test_train_metrics_with_a_floor_and_without_errors():
+    with warnings.catch_warnings(action="error"):  # such as matplotlib's about log(0)
+        utils.plot_train_metrics([0.6], [100], [0.55], [100], loss_floor=0.5)
+        plt.gcf().canvas.draw()
+    floor = plt.gcf().axes[0].lines[-1]
+    assert floor.get_label() == "floor 0.5000" and set(floor.get_ydata()) == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -93,16 +105,22 @@ def test_train_metrics():
     [((2.0, 0.04), {"1", "0.5", "0.05"}), ((1.24, 1.01), {"1.05", "1.1", "1.2"})],
 )
 def test_the_loss_axis_has_readable_ticks(losses, expected):
-    axes = plot("train_metrics", losses, (90, 91), losses, (90, 91))[0]
+    accuracies = [100 - loss for loss in losses]
+    plot("train_metrics", losses, accuracies, losses, accuracies)
+    for axes in plt.gcf().axes:
+        check_ticks(axes, expected)
+
+
+def check_ticks(axes, expected):
     low, high = axes.get_ylim()
     labels = axes.get_yticklabels(which="both")
     shown = {label.get_text() for label in labels if low <= label.get_position()[1] <= high}
-    assert axes.get_yscale() == "log" and expected <= shown
+    assert expected <= shown
 
 
 def test_sample_data_is_what_enters_the_model(samples):
     axes, (images, labels) = plot("sample_data"), next(iter(LOADER))
-    assert image_titles(axes) == [DATA.classes[label] for label in labels]
+    assert image_titles(axes) == [str(label) for label in labels.tolist()]  # not "7 - seven"
     np.testing.assert_array_equal(axes[5].images[0].get_array(), images[5, 0])
     state = torch.get_rng_state()
     axes = plot("sample_data", DataLoader(samples, 5))
@@ -115,7 +133,7 @@ def test_sample_data_is_what_enters_the_model(samples):
 def test_the_most_confident_mistakes_come_first():
     axes = plot("misclassified")
     assert image_titles(axes) == [
-        f"{DATA.classes[TARGETS[i]]}\n→ {DATA.classes[PREDICTIONS[i]]}, {percent} %"
+        f"{TARGETS[i]} → {PREDICTIONS[i]}, {percent} %"
         for i, percent in zip(WRONG, (90, 80, 70), strict=True)
     ]
     images = torch.cat([images for images, _ in LOADER])
@@ -135,18 +153,26 @@ def test_confusion_matrix_colours_only_the_errors():
     np.fill_diagonal(expected, 0)
     np.testing.assert_array_equal(axes.images[0].get_array(), expected)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
-    assert [label.get_text() for label in axes.get_xticklabels()] == DATA.classes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("0123456789")
 
 
-@pytest.mark.parametrize("classes", [DATA.classes, None])
+LONG = datasets.FashionMNIST.classes
+
+
+@pytest.mark.parametrize("classes", [DATA.classes, LONG, None])
 def test_prediction_shows_image_and_probabilities(classes):
     left, middle, right = plot("prediction", *INPUT["prediction"][:3], classes)
     np.testing.assert_allclose(left.images[0].get_array(), 1 - PREPARED / 255, atol=0.01)
     np.testing.assert_array_equal(middle.images[0].get_array(), PREPARED)
     heights = [bar.get_height() for bar in right.patches]
     np.testing.assert_allclose(heights, 100 * PROBABILITIES[0])
-    names = [label.get_text() for label in right.get_xticklabels()]
-    assert names == (classes or list("0123456789"))
+    assert [text.get_text() for text in right.texts if text.get_text()] == ["70 %"]  # not "1 %"
+    labels = right.get_xticklabels()
+    assert [label.get_text() for label in labels] == (
+        LONG if classes is LONG else list("0123456789")
+    )
+    assert labels[0].get_rotation() == (45 if classes is LONG else 0)
+    assert left.spines["top"].get_visible() and left.axison  # a frame around a white image
 
 
 SHUFFLED = utils.BatchLoader(Subset(DATA, range(30)), 8, shuffle=True)

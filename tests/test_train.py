@@ -1,7 +1,10 @@
 import copy
 import re
+import sys
 from functools import partial
+from types import SimpleNamespace
 
+import IPython
 import pytest
 import torch
 import torch.nn as nn
@@ -199,19 +202,57 @@ def test_the_device_is_not_waited_for_in_each_step(linear, samples, function):
 
 
 @both
-def test_the_progress_bar_stays_and_shows_the_result(linear, samples, function, capsys):
-    metrics = run(function, linear, DataLoader(samples, 2), F.nll_loss)
-    shown = capsys.readouterr().err
+def test_a_progress_bar_that_stays_shows_the_result(linear, samples, function, capsys):
+    losses, accuracies = [0.0, 0.0], []
+    metrics = run(
+        function, linear, DataLoader(samples, 2), F.nll_loss, losses, accuracies, progress=True
+    )
+    shown = capsys.readouterr().out
     last = shown.rstrip().split("\r")[-1]
-    values = f"loss {metrics.loss:.4f}, accuracy {metrics.accuracy:.2f} %, "
-    for part in (f"{function}: 100%", "125/125", values, "images/s"):
+    values = f"loss {metrics.loss:.4f}, accuracy {metrics.accuracy:.2f} %"
+    for part in (f"Epoch 3 {function} 100%", "batch/s, ", values):
         assert part in last
+    assert len(last) < 100  # a window of 1,000 pixels has room for about 70 before it wraps
     assert len(set(re.findall(r"loss [\d.]+", shown))) == 3  # after 50 batches, 100 and the last
     assert shown.endswith("\n")  # what is printed next leaves it alone
-    run(function, linear, (batch for batch in DataLoader(samples, 100)), F.nll_loss)
-    assert values in capsys.readouterr().err  # of a loader without a length, too
-    run(function, linear, DataLoader(samples, 2), F.nll_loss, progress=False)
+    batches = (batch for batch in DataLoader(samples, 100))  # has no length
+    run(function, linear, batches, F.nll_loss, progress=True)
+    assert f"\r{function} " in (shown := capsys.readouterr().out) and values in shown
+
+
+@both
+def test_by_default_a_bar_is_shown_where_it_is_seen_and_then_removed(
+    linear, samples, function, capsys, monkeypatch
+):
+    loader = DataLoader(samples, 2)
+    run(function, linear, loader, F.nll_loss)  # pytest's output is no terminal
+    run(function, linear, loader, F.nll_loss, progress=False)
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run(function, linear, loader, F.nll_loss)
+    shown = capsys.readouterr().out
+    assert f"{function} 100%" in shown and shown.endswith(" \r") and "\n" not in shown
+
+
+@pytest.mark.parametrize("someone", [True, False])  # or papermill, which cannot answer input()
+def test_in_a_notebook_a_bar_is_shown_to_someone(linear, samples, capsys, monkeypatch, someone):
+    shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=someone))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    test(linear, "cpu", DataLoader(samples, 2), F.nll_loss)
+    assert ("test 100%" in capsys.readouterr().out) == someone
+
+
+def test_the_lines_of_all_epochs_stand_in_columns(capsys):
+    for epoch, accuracy, seconds in ((1, 5.0, 9.99), (9, 99.5, 10.0), (10, 100.0, 1234.5)):
+        metrics = utils.Metrics(0.5, accuracy)
+        utils.print_epoch(epoch, 10, metrics, metrics, seconds)
+    lines = capsys.readouterr().out.splitlines()
+    for mark in ("/", "train", "accuracy", "%", "test", " s"):
+        assert (
+            len({line.index(mark) for line in lines})
+            == len({line.rindex(mark) for line in lines})
+            == 1
+        )
 
 
 # --- what is refused
