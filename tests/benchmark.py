@@ -290,12 +290,14 @@ def plot(rows):
             seconds, errors, deviations = zip(*sorted(points), strict=True)
             axes.errorbar(seconds, errors, deviations, fmt="o-", capsize=3, label=name)
     axes.set(xscale="log", xlabel="training time (s)", ylabel="test error (%)", ylim=(0, None))
-    axes.margins(x=0.16)  # room for the last label
+    axes.set_title("Test error against training time: mean ± standard deviation of the runs")
+    axes.margins(0.2)  # room for the labels
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend()
 
 
 def measure(jobs, data, path):

@@ -212,7 +212,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 # --- the exported notebook
 
 
-EPOCH = re.compile(r"^Epoch (\d+)/(\d+)  train loss .* test loss .* accuracy ([\d.]+) %", re.M)
+EPOCH = re.compile(r"^Epoch +(\d+)/(\d+)  train loss .* test loss .* accuracy +([\d.]+) %", re.M)
 
 
 def export(**parameters):
@@ -247,7 +247,7 @@ def test_a_killed_process_ends_the_job_which_goes_on_when_run_again(folder):
     for rank in ("1", "0"):
         with job() as process:
             for line in process.stdout:
-                if line.startswith(f"Epoch {done + 2}/16"):
+                if line.startswith(f"Epoch {done + 2:2}/16"):
                     break
             workers = psutil.Process(process.pid).children()
             (worker,) = [each for each in workers if each.environ().get("RANK") == rank]
