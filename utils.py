@@ -58,17 +58,17 @@ DIGESTS = {  # of the decoded images and labels: the training split's, the test 
     "MNIST": ("d18cfd466eb143ac1097fde604dba9ee", "a0863a96c44e5666edbb30c4071ee79c"),
     "FashionMNIST": ("1f243a60b4b748a44c48b9a6f6907be2", "9a494dc49efeb996f4076c469b31cd05"),
 }
+# The second of torchvision's mirrors answers with errors; this one has the same files.
+datasets.MNIST.mirrors[1:] = ["https://storage.googleapis.com/cvdf-datasets/mnist/"]
 
 
 # --- set-up
 
 
 def get_device():
-    """Return the best `torch.device` available: CUDA, then MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
+    """Return the `torch.device` of this machine's GPU (CUDA, MPS, XPU, …), or else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
     return torch.device("cpu")
 
 
@@ -474,10 +474,12 @@ def _load_split(name, root, train):
         files = [folder / "raw" / Path(address).stem for address, _ in resources]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
+            tried = resources[0][:1] if name == "QMNIST" else dataset.mirrors
             raise FileNotFoundError(
-                f"{name} is not in '{root}' and could not be downloaded. Put {', '.join(missing)} "
-                f"into '{folder / 'raw'}', or name another folder in the environment variable "
-                f"DATA_DIR, or use load_data('digits'), which needs no network. Error: {error}"
+                f"{name} is not in '{root}' and could not be downloaded from {' or '.join(tried)}. "
+                f"Put {', '.join(missing)} into '{folder / 'raw'}', or name another folder in the "
+                "environment variable DATA_DIR, or use load_data('digits'), which needs no "
+                f"network. Error: {error}"
             ) from error
         damage = repr(error)  # the files are there, but torchvision cannot decode them
     else:
@@ -1245,7 +1247,7 @@ function render({ model, el }) {
       <output style="flex: 1 0 100%; min-height: 3em; font-size: 120%"></output>
       <div>
         <canvas width="320" height="320" style="border: 1px solid; touch-action: none"></canvas>
-        <br><button>Clear</button>
+        <br><button>Clear</button> <input type="file" accept="image/*" style="width: 240px">
       </div>
       <div>
         <img width="112" height="112" style="background: black; image-rendering: pixelated">
@@ -1253,24 +1255,29 @@ function render({ model, el }) {
         <table>${rows.join("")}</table>
       </div>
     </div>`;
-  const [output, canvas, button, image] = el.querySelectorAll("output, canvas, button, img");
+  const [output, canvas, button, file, image] =
+    el.querySelectorAll("output, canvas, button, input, img");
   const pen = canvas.getContext("2d");
   pen.lineWidth = 7;  // thin enough for a digit drawn small in a corner
   pen.lineCap = pen.lineJoin = "round";
   let timer;
 
   const clear = () => { pen.fillStyle = "white"; pen.fillRect(0, 0, 320, 320); };
-  const send = (png) => {  // with a number, so that no other drawing's answer is shown
-    model.set("drawing", { png, number: Date.now() });
+  const paste = (picture) => {
+    const scale = 320 / Math.max(picture.width, picture.height);
+    pen.drawImage(picture, 0, 0, scale * picture.width, scale * picture.height);
+  };
+  const send = (url) => {  // with a number, so that no other drawing's answer is shown
+    model.set("drawing", { url, number: Date.now() });
     model.save_changes();
     show();
   };
   const show = () => {
-    const { png, number } = model.get("drawing");
+    const { url, number } = model.get("drawing");
     let answer = model.get("answer");
     clearTimeout(timer);
-    if (!png) {
-      answer = { text: "Draw a digit." };
+    if (!url) {
+      answer = { text: "Draw a digit, or choose a photo of one." };
     } else if (answer.number !== number) {
       answer = { text: "…" };
       timer = setTimeout(() => {
@@ -1300,11 +1307,26 @@ function render({ model, el }) {
   canvas.onpointermove = (event) => { if (event.buttons) draw(event); };
   canvas.onpointerup = () => send(canvas.toDataURL());
   button.onclick = () => { clear(); send(""); };
+  file.onchange = async () => {
+    try {
+      const photo = await createImageBitmap(file.files[0]);
+      const scale = Math.min(1, 1000 / Math.max(photo.width, photo.height));
+      const small = document.createElement("canvas");
+      [small.width, small.height] = [scale * photo.width, scale * photo.height];
+      small.getContext("2d").drawImage(photo, 0, 0, small.width, small.height);
+      clear();
+      paste(small);
+      send(small.toDataURL());
+    } catch {
+      output.textContent = "This file is no image, or of a kind that the browser cannot read.";
+    }
+    file.value = "";  // the same photo may be chosen again
+  };
   model.on("change:answer", show);
   clear();
   const earlier = new Image();  // what was drawn before the page was loaded again
-  earlier.onload = () => pen.drawImage(earlier, 0, 0);
-  earlier.src = model.get("drawing").png || "data:,";
+  earlier.onload = () => paste(earlier);
+  earlier.src = model.get("drawing").url || "data:,";
   show();
 }
 
@@ -1320,7 +1342,7 @@ export default { initialize, render };
 
 
 def drawing_pad(model, classes):
-    """Return a Jupyter widget to draw a digit in, with the mouse or a finger.
+    """Return a Jupyter widget to draw a digit in, with the mouse or a finger, or to upload a photo.
 
     After each stroke it shows the answer of `predict_image`, the probabilities and the 28×28 image
     that the model saw. A notebook that is not running shows a sentence in its place.
@@ -1337,13 +1359,13 @@ def drawing_pad(model, classes):
         _esm = PAD_SCRIPT
         classes = traitlets.List().tag(sync=True)
         place = traitlets.Unicode().tag(sync=True)  # id of the element that the pad replaces
-        drawing = traitlets.Dict({"png": "", "number": 0}).tag(sync=True)  # png: a data URL
+        drawing = traitlets.Dict({"url": "", "number": 0}).tag(sync=True)  # url: a PNG as data
         answer = traitlets.Dict().tag(sync=True)  # with the number of the drawing
 
         @traitlets.observe("drawing")
         def _read_drawing(self, change):
-            if self.drawing["png"]:
-                image = Image.open(io.BytesIO(base64.b64decode(self.drawing["png"].split(",")[1])))
+            if self.drawing["url"]:
+                image = Image.open(io.BytesIO(base64.b64decode(self.drawing["url"].split(",")[1])))
                 self.answer = {"number": self.drawing["number"], **_answer(model, classes, image)}
 
         def _repr_mimebundle_(self, **options):
@@ -1359,14 +1381,14 @@ def drawing_pad(model, classes):
 
 
 def _answer(model, classes, image):
-    """Return what the pad shows for a drawing: text and, if it could be read, more."""
+    """Return what the pad shows for a drawing or photo: text and, if it could be read, more."""
     left, top, right, bottom = ImageOps.invert(image.convert("L")).getbbox() or (0, 0, 0, 0)
     if max(right - left, bottom - top) < SMALLEST_DRAWING:
         return {"text": "This is only a dot: draw a digit."}
     try:
         digit, probabilities, prepared = predict_image(model, image)
     except ValueError:
-        return {"text": "Expected a single digit: press Clear and draw one, in thin strokes."}
+        return {"text": "Found no single digit: draw one in thin strokes, or take a closer photo."}
     text = f"{classes[digit]} ({100 * probabilities[digit]:.0f} %)"
     if probabilities[digit] < SURE:
         text = f"Not sure: perhaps {text}, perhaps no digit."

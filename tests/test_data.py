@@ -97,8 +97,15 @@ def test_an_unknown_name_is_refused():
         utils.load_data("mnist")
 
 
-@pytest.mark.parametrize("name, missing", [("MNIST", "t10k"), ("QMNIST", "qmnist-test")])
-def test_a_failed_download_says_what_to_do(tmp_path, offline, name, missing):
+@pytest.mark.parametrize(
+    "name, missing, hosts",
+    [
+        ("MNIST", "t10k", ["ossci-datasets.s3.amazonaws.com", "storage.googleapis.com"]),
+        ("KMNIST", "t10k", ["codh.rois.ac.jp"]),
+        ("QMNIST", "qmnist-test", ["raw.githubusercontent.com"]),
+    ],
+)
+def test_a_failed_download_says_what_to_do(tmp_path, offline, name, missing, hosts):
     write_dataset(tmp_path, name)
     folder, file = tmp_path / name / "raw", f"{missing}-images-idx3-ubyte"
     (folder / file).unlink()
@@ -111,8 +118,26 @@ def test_a_failed_download_says_what_to_do(tmp_path, offline, name, missing):
         offline(cause)
         with pytest.raises(FileNotFoundError) as error:
             utils.load_data(name, tmp_path)
-        for part in (f"Put {file} into '{folder}'", "DATA_DIR", "load_data('digits')", str(cause)):
+        hint = f"Put {file} into '{folder}'"
+        for part in (*hosts, hint, "DATA_DIR", "load_data('digits')", str(cause)):
             assert part in str(error.value)
+
+
+def test_where_the_first_mirror_fails_the_second_is_tried(tmp_path, monkeypatch):
+    tried = []
+
+    def download(url, **options):
+        tried.append(url)
+        if "ossci" in url:
+            raise RuntimeError("File not found or corrupted.")
+        write_dataset(tmp_path, "MNIST")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    monkeypatch.setattr(utils, "DIGESTS", {})
+    assert len(utils.load_data("MNIST", tmp_path)[0]) > 0
+    assert len(tried) == 8 and tried[1] == (
+        "https://storage.googleapis.com/cvdf-datasets/mnist/train-images-idx3-ubyte.gz"
+    )
 
 
 def test_disk_errors_are_left_as_they_are(tmp_path):

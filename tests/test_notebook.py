@@ -171,14 +171,14 @@ def test_other_datasets_run_from_top_to_bottom(folder, monkeypatch, capsys, name
     assert re.search(rf"accuracy: [\d.]+ % \({name}, epoch 1\)$", printed.strip())
 
 
-def run_setup(folder, **replace):
-    """Run the notebook's set-up cell as a script in `folder`."""
+def run_setup(folder, before="", **replace):
+    """Run the notebook's set-up cell as a script in `folder`, after the code `before`."""
     notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
     source = next(cell.source for cell in code_cells(notebook) if "REPO_URL" in cell.source)
     for name, value in replace.items():
         assert f'{name} = ""' in source
         source = source.replace(f'{name} = ""', f"{name} = {value!r}")
-    source += "\nimport model\nprint(Path.cwd().name)"
+    source = f"{before}\n{source}\nimport model\nprint(Path.cwd().name)"
     return subprocess.run(
         [sys.executable, "-c", source], cwd=folder, capture_output=True, text=True
     )
@@ -189,6 +189,24 @@ def test_setup_without_the_helpers_says_what_to_do(tmp_path):
     assert run.returncode == 1
     for part in ("FileNotFoundError", "model.py", "utils.py", "upload", "REPO_URL"):
         assert part in run.stderr
+
+
+@pytest.mark.parametrize("chosen", [["model.py", "utils.py"], []])
+def test_setup_on_colab_asks_for_the_files(tmp_path, chosen):
+    stand_in = f"""
+import shutil, sys, types
+colab = sys.modules["google.colab"] = types.ModuleType("google.colab")
+sys.modules["google"] = types.ModuleType("google")
+upload = lambda: [shutil.copy({str(ROOT)!r} + "/" + name, ".") for name in {chosen}]
+colab.files = types.SimpleNamespace(upload=upload)"""
+    run = run_setup(tmp_path, before=stand_in)
+    assert run.stdout.startswith("Choose model.py and utils.py:\n")
+    if chosen:
+        assert run.returncode == 0 and run.stdout.splitlines()[-1] == tmp_path.name
+    else:  # the dialog was closed
+        assert (
+            run.returncode == 1 and "FileNotFoundError: upload model.py and utils.py" in run.stderr
+        )
 
 
 def test_setup_clones_the_repository(tmp_path):
@@ -227,9 +245,31 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     assert f"{count:,} parameters" in readme
 
 
-def test_readme_example_runs(folder, capsys):
+def draw_seven(path):
+    image = Image.new("L", (300, 300), "white")
+    ImageDraw.Draw(image).line([(70, 70), (220, 65), (140, 240)], "black", width=14)
+    image.save(path)
+
+
+def test_the_committed_weights_are_those_of_the_committed_run(mnist_root, tmp_path):
+    net = Net()
+    net.load_state_dict(torch.load(ROOT / ".assets" / "model.pt", weights_only=True))
+    test_data = utils.load_data("MNIST", mnist_root)[1]
+    loader = utils.BatchLoader(test_data, 1000)
+    accuracy = utils.test(net, "cpu", loader, torch.nn.functional.nll_loss).accuracy
+    last = stdout(nbformat.read(ROOT / "S5.ipynb", as_version=4)).splitlines()[-1]
+    assert last.startswith(f"Final test accuracy: {accuracy:.2f} % (MNIST, ")
+    draw_seven(tmp_path / "seven.png")
+    assert utils.predict_image(net, tmp_path / "seven.png")[0] == 7
+
+
+def test_readme_examples_run(folder, capsys):
     readme = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    with_weights, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    shutil.copytree(ROOT / ".assets", ".assets")
+    draw_seven("photo.jpg")
+    exec(with_weights, {})
+    assert re.fullmatch(r"7 0\.\d+\n", capsys.readouterr().out)
     with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST
         exec(example, {})
     printed = capsys.readouterr().out

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import handwriting
 import nbformat
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def draw(*strokes, width=7):
 def answer(pad, *strokes, **options):
     """Send a drawing and return the answer's text."""
     number = pad.drawing["number"] + 1
-    pad.drawing = {"png": draw(*strokes, **options), "number": number}
+    pad.drawing = {"url": draw(*strokes, **options), "number": number}
     assert pad.answer["number"] == number  # so that the browser knows what was answered
     return pad.answer["text"]
 
@@ -61,10 +62,10 @@ def test_the_pad_answers_each_drawing():
     png = base64.b64decode(pad.answer["prepared"].removeprefix("data:image/png;base64,"))
     prepared = np.asarray(Image.open(io.BytesIO(png)))
     assert prepared.shape == (28, 28) and prepared.max() == 255
-    assert answer(pad, *TWO_ONES).startswith("Expected a single digit")
+    assert answer(pad, *TWO_ONES).startswith("Found no single digit")
     assert "prepared" not in pad.answer and "percent" not in pad.answer
     for dot in (draw([(90, 90), (96, 90)]), draw()):
-        pad.drawing = {"png": dot, "number": 0}
+        pad.drawing = {"url": dot, "number": 0}
         assert pad.answer["text"] == "This is only a dot: draw a digit."
     small = [(250, 20), (280, 20)], [(280, 20), (262, 60)]
     assert answer(pad, *small) == "7 - seven (98 %)"
@@ -204,6 +205,15 @@ def test_the_pad_in_jupyterlab(page, tmp_path):
     assert page.locator("img[src^='data:image/png']").bounding_box()["width"] > 100
     bar = page.locator("tr", has_text="7 - seven").locator("meter")
     assert bar.evaluate("meter => meter.value") > 50
+    clear()
+    photo = handwriting.photo(7, np.random.default_rng(0), "grey paper")
+    photo.resize((4 * photo.width, 4 * photo.height)).save(tmp_path / "photo.jpg")
+    page.locator("input[type=file]").set_input_files(tmp_path / "photo.jpg")
+    expect("7 - seven (")
+    assert ink(page) > 100
+    (tmp_path / "text.png").write_text("no image")
+    page.locator("input[type=file]").set_input_files(tmp_path / "text.png")
+    expect("This file is no image")
     clear()
     draw_with_the_mouse(page, [(100, 100), (100, 100)])
     assert 10 < ink(page) < 100

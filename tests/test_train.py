@@ -314,10 +314,8 @@ def test_an_output_of_another_shape_is_refused():
         test(nn.Flatten(0), "cpu", [(IMAGES, torch.zeros(3136))], nn.MSELoss())
 
 
-@pytest.mark.parametrize(
-    "cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
-)
-def test_get_device(monkeypatch, cuda, mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert utils.get_device() == torch.device(expected)
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu", "cpu"])
+def test_get_device(monkeypatch, kind):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    assert utils.get_device() == torch.device(kind)
