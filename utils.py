@@ -104,6 +104,7 @@ def train(
     *,
     scheduler=None,
     progress=None,
+    cuda_graph=False,
 ):
     """Train `model` for one epoch and return its `Metrics(loss, accuracy)`.
 
@@ -122,6 +123,9 @@ def train(
     progress: None shows a progress bar for the time of the pass where somebody can see it: in a
         terminal or a notebook, but not in a log file or under papermill; True shows one that stays,
         False none.
+    cuda_graph: on CUDA, record the forward and backward pass of a batch and replay it for others of
+        its shape, so that the GPU does not wait for Python. The model and the criterion must do the
+        same for each batch and never wait for the device. Ignored if there are several processes.
 
     Raises TypeError if train_losses or train_acc is no list, ValueError for an empty loader, uint8
     images, one-hot or float labels or an output of another shape, and FloatingPointError if the
@@ -130,18 +134,46 @@ def train(
     model.train()
     metrics = RunningMetrics(criterion, train_losses, train_acc, optimizer)
     is_cuda = torch.device(device).type == "cuda"  # elsewhere a copy not waited for may be wrong
-    for data, target in progress_bar(train_loader, "train", metrics, progress):
-        data = data.to(device, non_blocking=is_cuda)
-        target = target.to(device, non_blocking=is_cuda)
+
+    def forward_and_backward(data, target):
         optimizer.zero_grad()
         output = model(data)
         loss = criterion(output, target)
         loss.backward()
+        return loss.detach(), output.detach()
+
+    if cuda_graph and is_cuda and _world_size() == 1:
+        forward_and_backward = _Recorded(forward_and_backward)
+    for data, target in progress_bar(train_loader, "train", metrics, progress):
+        data = data.to(device, non_blocking=is_cuda)
+        target = target.to(device, non_blocking=is_cuda)
+        loss, output = forward_and_backward(data, target)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
         metrics.update(loss, output, target)
     return metrics.finish()
+
+
+class _Recorded:
+    """A function of tensors, recorded as a CUDA graph: one launch for all its operations."""
+
+    def __init__(self, function):
+        self.function, self.shape, self.graph = function, None, None
+
+    def __call__(self, *inputs):
+        if inputs[0].shape != self.shape:  # or the first call, in which CUDA's libraries get ready
+            self.shape, self.graph = inputs[0].shape, None
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.outputs
 
 
 @torch.no_grad()
@@ -167,11 +199,14 @@ test.__test__ = False  # or pytest takes it for a test wherever it is imported b
 
 
 @torch.no_grad()
-def predict(model, device, loader):
+def predict(model, device, loader, temperature=1.0):
     """Return `(predictions, probabilities, targets)` for all samples of a loader, in its order.
 
     They are on the CPU: classes (N,), probabilities (N, classes) whose rows sum to 1, and labels
     (N,). The model gives logits or log-probabilities; it is left in evaluation mode.
+
+    temperature: the logits are divided by it (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+        Below 1, the probabilities are more extreme; the predictions stay the same.
 
     Raises ValueError for an empty loader, FloatingPointError if an output is nan, and RuntimeError
     if several processes are running, because each would see only its share.
@@ -181,7 +216,7 @@ def predict(model, device, loader):
     model.eval()
     outputs, targets = [], []
     for data, target in loader:
-        outputs.append(model(data.to(device)).softmax(dim=1).cpu())
+        outputs.append((model(data.to(device)) / temperature).softmax(dim=1).cpu())
         targets.append(target.cpu())
     if not outputs:
         raise ValueError(EMPTY)
@@ -718,7 +753,7 @@ DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels, derived: MNIST's longer side of a dig
 PEN = 3.0  # pixels; thinner strokes are broadened to it: MNIST's are 1.6 to 3.4 pixels thick
 
 
-def predict_image(model, image):
+def predict_image(model, image, temperature=1.0):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, prepared)`.
 
     probabilities: float tensor (classes,) on the CPU that sums to 1; if its maximum is low, the
@@ -729,6 +764,7 @@ def predict_image(model, image):
     image: a path or a PIL image; dark on light or light on dark, in any light. The digit may be
         anywhere and of any size, with some paper around it; specks, ruled lines paler than the
         pen, a frame, and parts of other digits at the border do not matter.
+    temperature: as for `predict`.
 
     The digit is prepared as MNIST's were: its box is scaled to 20×20 pixels, and its centre of mass
     is put into the middle of 28×28 (http://yann.lecun.com/exdb/mnist). Thin strokes are broadened
@@ -743,7 +779,7 @@ def predict_image(model, image):
     like = next(model.parameters(), torch.empty(0))  # of the model's dtype, on its device
     data = (torch.from_numpy(prepared).to(like) / 255 - MEAN) / STD
     batch = data[None, None], torch.zeros(1)  # (1, 1, 28, 28), and a label that is not used
-    (digit,), (probabilities,), _ = predict(model, like.device, [batch])
+    (digit,), (probabilities,), _ = predict(model, like.device, [batch], temperature)
     return int(digit), probabilities, prepared
 
 
@@ -1234,10 +1270,10 @@ def _types(state):
 # --- drawing pad
 
 SMALLEST_DRAWING = 16  # of the pad's 320 pixels; a dot of the pen has 7
-# Below this probability an answer is marked as not sure. At 0.8, that is so for 2.3 % of 5,000
-# held-out digits of MNIST, 4.7 % of 600 digits drawn by tests/handwriting.py, and 71 % of 820
-# letters and other shapes drawn the same way.
-SURE = 0.8
+# Below this probability an answer is marked as not sure. With the notebook's temperature, that is
+# so for 1.0 % of 5,000 held-out digits of MNIST, 3.5 % of 400 digits that tests/handwriting.py
+# draws, and 46 % of 410 letters and other shapes drawn the same way.
+SURE = 0.95
 PAD_SCRIPT = """
 function render({ model, el }) {
   const rows = model.get("classes").map((name) =>
@@ -1341,14 +1377,16 @@ export default { initialize, render };
 """
 
 
-def drawing_pad(model, classes):
+def drawing_pad(model, classes, temperature=1.0):
     """Return a Jupyter widget to draw a digit in, with the mouse or a finger, or to upload a photo.
 
     After each stroke it shows the answer of `predict_image`, the probabilities and the 28×28 image
-    that the model saw. A notebook that is not running shows a sentence in its place.
+    that the model saw. Below 95 %, the answer is marked as not sure. A notebook that is not running
+    shows a sentence in its place.
 
     model: as for `predict_image`. The pad takes a copy: Jupyter may answer while a cell trains it.
     classes: names of the classes.
+    temperature: as for `predict`.
     """
     import anywidget  # only the pad needs these two
     import traitlets
@@ -1366,7 +1404,8 @@ def drawing_pad(model, classes):
         def _read_drawing(self, change):
             if self.drawing["url"]:
                 image = Image.open(io.BytesIO(base64.b64decode(self.drawing["url"].split(",")[1])))
-                self.answer = {"number": self.drawing["number"], **_answer(model, classes, image)}
+                answer = _answer(model, classes, temperature, image)
+                self.answer = {"number": self.drawing["number"], **answer}
 
         def _repr_mimebundle_(self, **options):
             sentence = "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
@@ -1380,13 +1419,13 @@ def drawing_pad(model, classes):
     return DrawingPad(classes=list(classes), place=f"pad-{time.time_ns()}")
 
 
-def _answer(model, classes, image):
+def _answer(model, classes, temperature, image):
     """Return what the pad shows for a drawing or photo: text and, if it could be read, more."""
     left, top, right, bottom = ImageOps.invert(image.convert("L")).getbbox() or (0, 0, 0, 0)
     if max(right - left, bottom - top) < SMALLEST_DRAWING:
         return {"text": "This is only a dot: draw a digit."}
     try:
-        digit, probabilities, prepared = predict_image(model, image)
+        digit, probabilities, prepared = predict_image(model, image, temperature)
     except ValueError:
         return {"text": "Found no single digit: draw one in thin strokes, or take a closer photo."}
     text = f"{classes[digit]} ({100 * probabilities[digit]:.0f} %)"

@@ -10,8 +10,9 @@ once, at its end; the ablation never reads it. Seconds are those of loading and 
 imports, decoding and evaluation.
 
 Results are saved after each run, in runs/benchmark.json or runs/ablation.json; start an interrupted
-benchmark again and it continues from there. At the end it prints a Markdown table and draws
-runs/benchmark.png. The README's table and figure come from copies in .assets/.
+benchmark again and it continues from there. --accuracies adds those measured on another machine,
+such as one with a GPU, for recipes that are only timed here. At the end it prints a Markdown table
+and draws runs/benchmark.png. The README's table and figure come from copies in .assets/.
 """
 
 import argparse
@@ -207,18 +208,29 @@ def summarise(results):
     """Return a row per recipe and number of epochs: median seconds, and the accuracy by seed."""
     groups = {}
     for result in results:
-        key = result["name"], result["epochs"], result["timed_epochs"]
-        groups.setdefault(key, []).append(result)
+        groups.setdefault((result["name"], result["epochs"]), []).append(result)
     rows = []
     for runs in groups.values():
-        row = {key: runs[0][key] for key in ("name", "epochs", "timed_epochs", "parameters")}
-        row["runs"] = len(runs)
-        row["seconds"] = statistics.median(run["seconds"] for run in runs)
+        row = {key: runs[0][key] for key in ("name", "epochs", "parameters")}
+        row["timed_epochs"] = max(run["timed_epochs"] for run in runs)  # 0: on another machine
+        timed = [run for run in runs if run["timed_epochs"] == row["timed_epochs"]]
+        row["seconds"] = statistics.median(run["seconds"] for run in timed)
         row["accuracies"] = {
             run["seed"]: run["accuracy"] for run in runs if run["accuracy"] is not None
         }
+        row["runs"] = len(row["accuracies"]) or len(timed)
         rows.append(row)
     return rows
+
+
+def from_elsewhere(path, results):
+    """Return the runs of another machine or dataset, of recipes whose accuracy is not measured."""
+    other = json.loads(path.read_text())
+    suffix = "" if other["data"] == results["data"] else f" on {other['data']}"
+    known = {(run["name"], run["epochs"]) for run in results["runs"] if run["accuracy"] is not None}
+    changes = {"machine": other["machine"], "timed_epochs": 0}
+    runs = [{**run, "name": run["name"] + suffix, **changes} for run in other["runs"]]
+    return [run for run in runs if (run["name"], run["epochs"]) not in known]
 
 
 def mean_and_deviation(values, form=".2f"):
@@ -237,9 +249,13 @@ def table(rows):
     example = max(examples, key=lambda row: row["timed_epochs"], default=None)
     for row in rows:
         accuracy = mean_and_deviation(row["accuracies"].values()) if row["accuracies"] else "–"
-        estimated = row["timed_epochs"] < row["epochs"]
-        seconds = f"≈ {row['seconds']:,.0f}" if estimated else f"{row['seconds']:,.1f}"
-        speedup = f"{example['seconds'] / row['seconds']:.1f}" if example else "–"
+        seconds, speedup = f"{row['seconds']:,.1f}", "–"
+        if row["timed_epochs"] == 0:
+            seconds = "–"
+        elif row["timed_epochs"] < row["epochs"]:
+            seconds = f"≈ {row['seconds']:,.0f}"
+        if example and row["timed_epochs"] > 0:
+            speedup = f"{example['seconds'] / row['seconds']:.1f}"
         lines.append(
             f"| {row['name']} | {row['parameters']:,} | {row['epochs']} | {row['runs']} "
             f"| {accuracy} | {seconds} | {speedup} |"
@@ -280,7 +296,7 @@ def plot(rows):
     for name in (OURS, *REFERENCES):
         points = []
         for row in rows:
-            if row["name"] == name and row["accuracies"]:
+            if row["name"] == name and row["accuracies"] and row["timed_epochs"] > 0:
                 errors = [100 - accuracy for accuracy in row["accuracies"].values()]
                 deviation = statistics.stdev(errors) if len(errors) > 1 else 0
                 points.append((row["seconds"], statistics.mean(errors), deviation))
@@ -333,6 +349,13 @@ def main():
     parser.add_argument("--reference-runs", type=int, default=1, help="runs of each reference")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, EPOCHS], help="of our recipe")
     parser.add_argument("--data", default="MNIST", choices=("MNIST", "FashionMNIST", "digits"))
+    parser.add_argument(
+        "--accuracies",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="benchmark.json of other machines or data: accuracies of what is only timed here",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="for the results")
     args = parser.parse_args()
 
@@ -349,6 +372,9 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / ("ablation.json" if args.ablation else "benchmark.json")
     results = measure(jobs, args.data, path)
+    for other in args.accuracies:
+        results["runs"] += from_elsewhere(other, results)
+        path.write_text(json.dumps(results, indent=1) + "\n")
     rows = summarise(results["runs"])
     print("\n" + (ablation_table(rows) if args.ablation else table(rows)))
     print(f"\n{args.data}, on {results['machine']}.")

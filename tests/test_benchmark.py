@@ -136,6 +136,30 @@ def test_table_has_spread_and_ratio():
     assert example.endswith("| – | ≈ 100 | 1.0 |")
 
 
+def test_accuracies_of_another_machine_complete_the_table(tmp_path):
+    results = {
+        "data": "MNIST",
+        "runs": [result(OURS, 99.0, 1.0), result(EXAMPLE, None, 100.0, timed_epochs=1)],
+    }
+    for data, runs in (
+        ("MNIST", [result(EXAMPLE, 98.0, 9.0), result(EXAMPLE, 98.2, 9.0, seed=1)]),
+        ("FashionMNIST", [result(OURS, 92.0, 9.0)]),
+        ("MNIST", [result(OURS, 50.0, 9.0)]),  # not needed: measured here
+    ):
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps({"data": data, "machine": "a GPU", "runs": runs}))
+        results["runs"] += benchmark.from_elsewhere(path, results)
+    rows = benchmark.summarise(results["runs"])
+    lines = benchmark.table(rows).splitlines()[2:5]
+    assert [line.split(" | ", 3)[3] for line in lines] == [
+        "1 | 99.00 | 1.0 | 100.0 |",
+        "2 | 98.10 ± 0.14 | ≈ 100 | 1.0 |",
+        "1 | 92.00 | – | – |",
+    ]
+    benchmark.plot(rows)
+    assert len(benchmark.plt.gca().containers) == 2  # a time of another machine is not drawn
+
+
 def test_ablation_table_pairs_the_runs_by_seed():
     results = [
         result(RECIPE, 99.0, 2.0),

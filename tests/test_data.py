@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -124,13 +125,14 @@ def test_a_failed_download_says_what_to_do(tmp_path, offline, name, missing, hos
 
 
 def test_where_the_first_mirror_fails_the_second_is_tried(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "server", "MNIST")
     tried = []
 
-    def download(url, **options):
+    def download(url, download_root, **options):
         tried.append(url)
         if "ossci" in url:
             raise RuntimeError("File not found or corrupted.")
-        write_dataset(tmp_path, "MNIST")
+        shutil.copy(tmp_path / "server" / "MNIST" / "raw" / Path(url).stem, download_root)
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
     monkeypatch.setattr(utils, "DIGESTS", {})

@@ -196,10 +196,10 @@ def test_the_pad_in_jupyterlab(page, tmp_path):
 
     def clear():
         page.get_by_role("button", name="Clear").click()
-        expect("Draw a digit.")
+        expect("Draw a digit")
         assert ink(page) == 0
 
-    expect("Draw a digit.")
+    expect("Draw a digit")
     draw_with_the_mouse(page, *SEVEN)
     expect("7 - seven (")
     assert page.locator("img[src^='data:image/png']").bounding_box()["width"] > 100

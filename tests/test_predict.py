@@ -28,6 +28,15 @@ def test_predict_is_in_the_loaders_order(linear, samples):
     assert not linear.training and not probabilities.requires_grad
 
 
+def test_a_temperature_changes_the_probabilities_alone(linear, samples):
+    loader = DataLoader(samples, 64)
+    predictions, probabilities, _ = predict(linear, "cpu", loader)
+    sharp_predictions, sharp, _ = predict(linear, "cpu", loader, temperature=0.5)
+    assert torch.equal(predictions, sharp_predictions)
+    expected = probabilities**2
+    torch.testing.assert_close(sharp, expected / expected.sum(dim=1, keepdim=True))
+
+
 def test_predict_takes_logits_and_refuses_an_empty_loader(samples):
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
     _, probabilities, _ = predict(

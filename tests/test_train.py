@@ -1,6 +1,7 @@
 import copy
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -196,6 +197,60 @@ def test_the_device_is_not_waited_for_in_each_step(linear, samples, function):
     with CountReads() as reads:
         run(function, linear, loader, F.nll_loss)
     assert 0 < reads.count <= len(loader) / 10
+
+
+# --- a CUDA graph
+
+
+class StandIn:
+    """Records nothing; replays by running the function again, into the tensors returned first."""
+
+    def replay(self):
+        with torch.enable_grad():
+            results = self.recorded.function(*self.recorded.inputs)
+        for output, result in zip(self.recorded.outputs, results, strict=True):
+            output.copy_(result)
+        self.recorded.replays += 1
+
+
+def test_a_recorded_step_is_replayed_for_batches_of_one_shape(linear, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    seen = []
+
+    def double(data, target):
+        seen.append(data.clone())
+        return 2 * data, target + 1
+
+    recorded = utils._Recorded(double)
+    recorded.replays = 0
+    StandIn.recorded = recorded
+    for count in (8, 8, 8, 3, 8, 8):  # an odd batch starts over: it has replaced the gradients
+        data, target = torch.randn(count), torch.arange(count)
+        output, label = recorded(data, target)
+        assert torch.equal(output, 2 * data) and torch.equal(label, target + 1)
+        assert torch.equal(seen[-1], data)
+    assert recorded.replays == 3  # not for the first of its shape, which prepares CUDA's libraries
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_cuda_graph_changes_no_weight(samples):
+    weights, metrics = [], []
+    for cuda_graph in (False, True):
+        utils.set_seed(0)
+        model = Net().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        loader = DataLoader(samples, 64)  # the last batch is smaller
+        for _ in range(2):
+            options = {"progress": False, "cuda_graph": cuda_graph}
+            metrics.append(train(model, "cuda", loader, optimizer, F.nll_loss, **options))
+        weights.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
+    assert torch.equal(*weights) and metrics[:2] == metrics[2:]
+
+
+def test_on_the_cpu_a_cuda_graph_is_ignored(linear, samples):
+    options = {"progress": False, "cuda_graph": True}
+    train(linear, "cpu", DataLoader(samples, 64), sgd(linear), F.nll_loss, **options)
 
 
 # --- what is shown
