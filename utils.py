@@ -1407,14 +1407,16 @@ def drawing_pad(model, classes, temperature=1.0):
                 answer = _answer(model, classes, temperature, image)
                 self.answer = {"number": self.drawing["number"], **answer}
 
+        _ipython_display_ = None  # of ipywidgets 7, which Colab has: it would have precedence
+
         def _repr_mimebundle_(self, **options):
             sentence = "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
-            data = {"text/plain": sentence}
+            data, metadata = {}, {}
             if "JPY_SESSION_NAME" in os.environ:  # JupyterLab would save a view that cannot open
-                data["text/html"] = f'<div id="{self.place}">{sentence}</div>'
+                data = {"text/html": f'<div id="{self.place}">{sentence}</div>'}
             elif _is_watched():
-                data |= super()._repr_mimebundle_(**options)[0] | data
-            return data
+                data, metadata = super()._repr_mimebundle_(**options)
+            return data | {"text/plain": sentence}, metadata
 
     return DrawingPad(classes=list(classes), place=f"pad-{time.time_ns()}")
 
