@@ -58,8 +58,10 @@ DIGESTS = {  # of the decoded images and labels: the training split's, the test 
     "MNIST": ("d18cfd466eb143ac1097fde604dba9ee", "a0863a96c44e5666edbb30c4071ee79c"),
     "FashionMNIST": ("1f243a60b4b748a44c48b9a6f6907be2", "9a494dc49efeb996f4076c469b31cd05"),
 }
-# The second of torchvision's mirrors answers with errors; this one has the same files.
-datasets.MNIST.mirrors[1:] = ["https://storage.googleapis.com/cvdf-datasets/mnist/"]
+datasets.MNIST.mirrors = [  # instead of LeCun's, which answers with errors
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+]
 
 
 # --- set-up
