@@ -122,12 +122,12 @@ def train(
         labels, 0 to classes - 1.
     train_losses, train_acc: lists to which the loss and the accuracy (percent) are appended.
     scheduler: a learning rate scheduler that is stepped after each batch.
-    progress: None shows a progress bar for the time of the pass where somebody can see it: in a
-        terminal or a notebook, but not in a log file or under papermill; True shows one that stays,
-        False none.
-    cuda_graph: on CUDA, record the forward and backward pass of a batch and replay it for others of
-        its shape, so that the GPU does not wait for Python. The model and the criterion must do the
-        same for each batch and never wait for the device. Ignored if there are several processes.
+    progress: None shows a progress bar during the pass in a terminal or a notebook, but not in a
+        log file or under papermill; True shows one and leaves it there; False shows none.
+    cuda_graph: on CUDA, run the first batch of a shape as usual, record the second, and replay the
+        recorded forward and backward pass for the others: then the GPU does not wait for Python.
+        The model and the criterion must run the same operations for every batch and must not wait
+        for the device (no `.item()`, no `if` on a tensor). Ignored if there are several processes.
 
     Raises TypeError if train_losses or train_acc is no list, ValueError for an empty loader, uint8
     images, one-hot or float labels or an output of another shape, and FloatingPointError if the
@@ -170,7 +170,8 @@ class _Recorded:
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in inputs]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            stream = torch.cuda.Stream(inputs[0].device)  # which may not be the current device
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
@@ -207,8 +208,9 @@ def predict(model, device, loader, temperature=1.0):
     They are on the CPU: classes (N,), probabilities (N, classes) whose rows sum to 1, and labels
     (N,). The model gives logits or log-probabilities; it is left in evaluation mode.
 
-    temperature: the logits are divided by it (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
-        Below 1, the probabilities are more extreme; the predictions stay the same.
+    temperature: a positive number by which the logits are divided (Guo et al. 2017,
+        https://arxiv.org/abs/1706.04599). Below 1, the probabilities are more extreme; the
+        predictions stay the same.
 
     Raises ValueError for an empty loader, FloatingPointError if an output is nan, and RuntimeError
     if several processes are running, because each would see only its share.
@@ -269,7 +271,8 @@ class RunningMetrics:
                 "of one-hot labels, take .argmax(dim=1)"
             )
         weight = 1 if self.is_sum else len(target)
-        precise = torch.float32 if loss.is_mps else torch.float64  # MPS has no float64
+        # not every other accelerator has float64
+        precise = torch.float64 if loss.device.type in ("cpu", "cuda") else torch.float32
         self.loss_sum = self.loss_sum + weight * loss.detach().to(precise)
         self.correct = self.correct + (output.argmax(dim=1) == target).sum()
         self.count += len(target)
@@ -300,8 +303,8 @@ class RunningMetrics:
 def progress_bar(loader, description, metrics, show=None):
     """Yield the loader's batches and show the metrics so far, every 50 batches and at the end.
 
-    It is a line of text, in notebooks too: a bar that is a widget leaves an error in its place when
-    the notebook is opened again. `show` is as `progress` for `train`.
+    It is a line of text on stdout, in notebooks too: a bar that is a widget leaves an error in its
+    place when the notebook is opened again. `show` is as `progress` for `train`.
     """
 
     def show_metrics():
@@ -310,14 +313,16 @@ def progress_bar(loader, description, metrics, show=None):
 
     losses = metrics.lists[0]
     epoch = "" if losses is None else f"Epoch {len(losses) + 1} "
+    total = operator.length_hint(loader) or None
+    form = "{desc} {percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
     with tqdm(
-        total=operator.length_hint(loader) or None,
+        total=total,
         desc=epoch + description,
         unit="batch",
         file=sys.stdout,
         leave=show is True,
         disable=_rank() > 0 or not (_is_watched() if show is None else show),
-        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
+        bar_format=form if total else None,
     ) as bar:
         for step, (data, target) in enumerate(loader, start=1):
             if data.dtype == torch.uint8:
@@ -330,11 +335,15 @@ def progress_bar(loader, description, metrics, show=None):
             show_metrics()
 
 
-def _is_watched():
-    """Tell whether somebody sees a bar move: in a notebook, if there is someone to answer input."""
+def _shell():
     ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
-    return sys.stdout.isatty() if kernel is None else kernel._allow_stdin
+    return ipython and ipython.get_ipython()
+
+
+def _is_watched():
+    """Tell whether output is live: in a terminal, or a notebook that can ask someone for input."""
+    kernel = getattr(_shell(), "kernel", None)
+    return sys.stdout.isatty() if kernel is None else getattr(kernel, "_allow_stdin", True)
 
 
 def print_epoch(epoch, epochs, train_metrics, test_metrics, seconds):
@@ -511,9 +520,9 @@ def _load_split(name, root, train):
         files = [folder / "raw" / Path(address).stem for address, _ in resources]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            tried = resources[0][:1] if name == "QMNIST" else dataset.mirrors
+            mirrors = resources[0][:1] if name == "QMNIST" else dataset.mirrors
             raise FileNotFoundError(
-                f"{name} is not in '{root}' and could not be downloaded from {' or '.join(tried)}. "
+                f"{name} is not in '{root}' and could not be downloaded ({' or '.join(mirrors)}). "
                 f"Put {', '.join(missing)} into '{folder / 'raw'}', or name another folder in the "
                 "environment variable DATA_DIR, or use load_data('digits'), which needs no "
                 f"network. Error: {error}"
@@ -1336,14 +1345,21 @@ function render({ model, el }) {
     pen.lineTo(event.offsetX, event.offsetY);
     pen.stroke();
   };
+  let active;  // the pointer that draws: not a second finger, nor one that comes from outside
   canvas.onpointerdown = (event) => {
+    if (event.button || active !== undefined) return;
+    active = event.pointerId;
     canvas.setPointerCapture(event.pointerId);  // a stroke may leave the canvas and come back
     pen.beginPath();
     pen.moveTo(event.offsetX, event.offsetY);
     draw(event);  // a click leaves a dot
   };
-  canvas.onpointermove = (event) => { if (event.buttons) draw(event); };
-  canvas.onpointerup = () => send(canvas.toDataURL());
+  canvas.onpointermove = (event) => { if (event.pointerId === active) draw(event); };
+  canvas.onlostpointercapture = (event) => {
+    if (event.pointerId !== active) return;
+    active = undefined;
+    send(canvas.toDataURL());
+  };
   button.onclick = () => { clear(); send(""); };
   file.onchange = async () => {
     try {
@@ -1370,10 +1386,11 @@ function render({ model, el }) {
 
 // In JupyterLab, the pad replaces a sentence that is already on the page.
 function initialize({ model }) {
-  setInterval(() => {
-    const place = document.getElementById(model.get("place"));
-    if (place && !place.querySelector("canvas")) render({ model, el: place });
+  const timer = setInterval(() => {
+    for (const place of document.querySelectorAll(`[id="${model.get("place")}"]`))
+      if (!place.querySelector("canvas")) render({ model, el: place });
   }, 300);
+  return () => clearInterval(timer);
 }
 export default { initialize, render };
 """
@@ -1388,7 +1405,7 @@ def drawing_pad(model, classes, temperature=1.0):
 
     model: as for `predict_image`. The pad takes a copy: Jupyter may answer while a cell trains it.
     classes: names of the classes.
-    temperature: as for `predict`.
+    temperature: as for `predict`; for a network trained with label smoothing of 0.1, 0.49.
     """
     import anywidget  # only the pad needs these two
     import traitlets
@@ -1406,7 +1423,10 @@ def drawing_pad(model, classes, temperature=1.0):
         def _read_drawing(self, change):
             if self.drawing["url"]:
                 image = Image.open(io.BytesIO(base64.b64decode(self.drawing["url"].split(",")[1])))
-                answer = _answer(model, classes, temperature, image)
+                try:
+                    answer = _answer(model, classes, temperature, image)
+                except Exception as error:  # which Jupyter would hide
+                    answer = {"text": f"{type(error).__name__}: {error}"}
                 self.answer = {"number": self.drawing["number"], **answer}
 
         _ipython_display_ = None  # of ipywidgets 7, which Colab has: it would have precedence
@@ -1414,13 +1434,20 @@ def drawing_pad(model, classes, temperature=1.0):
         def _repr_mimebundle_(self, **options):
             sentence = "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
             data, metadata = {}, {}
-            if "JPY_SESSION_NAME" in os.environ:  # JupyterLab would save a view that cannot open
+            if _in_jupyterlab():  # which would save a view that cannot be opened again
                 data = {"text/html": f'<div id="{self.place}">{sentence}</div>'}
             elif _is_watched():
                 data, metadata = super()._repr_mimebundle_(**options)
             return data | {"text/plain": sentence}, metadata
 
     return DrawingPad(classes=list(classes), place=f"pad-{time.time_ns()}")
+
+
+def _in_jupyterlab():
+    """Tell whether a Jupyter server started the kernel, but not for Colab or VS Code."""
+    names = getattr(_shell(), "user_ns", {})
+    is_other = "google.colab" in sys.modules or "__vsc_ipynb_file__" in names
+    return "JPY_SESSION_NAME" in os.environ and not is_other
 
 
 def _answer(model, classes, temperature, image):

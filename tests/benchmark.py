@@ -372,12 +372,15 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / ("ablation.json" if args.ablation else "benchmark.json")
     results = measure(jobs, args.data, path)
-    for other in args.accuracies:
-        results["runs"] += from_elsewhere(other, results)
+    others = [run for other in args.accuracies for run in from_elsewhere(other, results)]
+    if others:
+        results["runs"] += others
         path.write_text(json.dumps(results, indent=1) + "\n")
     rows = summarise(results["runs"])
     print("\n" + (ablation_table(rows) if args.ablation else table(rows)))
     print(f"\n{args.data}, on {results['machine']}.")
+    for machine in {run["machine"] for run in results["runs"] if "machine" in run}:
+        print(f"Accuracies without a time, or with an estimated one, are from {machine}.")
     if not args.ablation:
         plot(rows)
         plt.savefig(path.with_suffix(".png"))

@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import handwriting
 import nbformat
@@ -74,17 +75,26 @@ def test_the_pad_answers_each_drawing():
     assert answer(doubtful, *SEVEN) == expected
 
 
+def test_an_error_is_shown_on_the_pad():
+    pad = utils.drawing_pad(Constant(float("nan")), CLASSES)
+    assert answer(pad, *SEVEN).startswith("FloatingPointError: the model's output is nan")
+
+
 def test_the_pad_leaves_a_model_in_training_alone():
     model = nn.Sequential(Constant(0.98), nn.Dropout())
     pad = utils.drawing_pad(model.train(), CLASSES)
     assert answer(pad, *SEVEN) == "7 - seven (98 %)" and model.training and model[1].training
 
 
-@pytest.mark.parametrize("viewer", ["JupyterLab", "another", "papermill"])
+@pytest.mark.parametrize("viewer", ["JupyterLab", "Colab", "VS Code", "papermill"])
 def test_what_a_notebook_keeps_of_the_pad_is_a_sentence(monkeypatch, viewer):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    if viewer == "JupyterLab":
+    if viewer != "papermill":
         monkeypatch.setenv("JPY_SESSION_NAME", "S5.ipynb")
+    if viewer == "Colab":
+        monkeypatch.setitem(sys.modules, "google.colab", None)
+    names = {"__vsc_ipynb_file__": "S5.ipynb"} if viewer == "VS Code" else {}
+    monkeypatch.setattr(utils, "_shell", lambda: SimpleNamespace(user_ns=names))
     monkeypatch.setattr(utils, "_is_watched", lambda: viewer != "papermill")
     pad = utils.drawing_pad(Constant(0.98), CLASSES)
     data, _ = DisplayFormatter().format(pad)
@@ -93,7 +103,7 @@ def test_what_a_notebook_keeps_of_the_pad_is_a_sentence(monkeypatch, viewer):
     if viewer == "JupyterLab":  # the pad looks for this element; a saved widget would be an error
         assert data == {"text/html": f'<div id="{pad.place}">{sentence}</div>'}
     else:
-        assert list(data) == [WIDGET] * (viewer == "another")
+        assert list(data) == [WIDGET] * (viewer != "papermill")
 
 
 def test_only_the_pad_needs_the_widget_library(monkeypatch):
@@ -219,6 +229,12 @@ def test_the_pad_in_jupyterlab(page, tmp_path):
     assert 10 < ink(page) < 100
     expect("only a dot")
     clear()
+    box = page.locator("canvas").bounding_box()
+    page.mouse.move(box["x"] + 400, box["y"] + 50)  # a stroke that begins outside
+    page.mouse.down()
+    page.mouse.move(box["x"] + 50, box["y"] + 50, steps=10)
+    page.mouse.up()
+    assert ink(page) == 0
 
     draw_with_the_mouse(page, *SEVEN)  # is still there when the page is loaded again
     expect("7 - seven (")

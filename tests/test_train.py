@@ -215,7 +215,8 @@ class StandIn:
 
 def test_a_recorded_step_is_replayed_for_batches_of_one_shape(linear, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     seen = []
 
     def double(data, target):
@@ -249,8 +250,11 @@ def test_a_cuda_graph_changes_no_weight(samples):
 
 
 def test_on_the_cpu_a_cuda_graph_is_ignored(linear, samples):
-    options = {"progress": False, "cuda_graph": True}
-    train(linear, "cpu", DataLoader(samples, 64), sgd(linear), F.nll_loss, **options)
+    models = [linear, copy.deepcopy(linear)]
+    for model, cuda_graph in zip(models, (False, True), strict=True):
+        options = {"progress": False, "cuda_graph": cuda_graph}
+        train(model, "cpu", DataLoader(samples, 64), sgd(model), F.nll_loss, **options)
+    assert torch.equal(models[0][1].weight, models[1][1].weight)
 
 
 # --- what is shown
@@ -272,7 +276,8 @@ def test_a_progress_bar_that_stays_shows_the_result(linear, samples, function, c
     assert shown.endswith("\n")  # what is printed next leaves it alone
     batches = (batch for batch in DataLoader(samples, 100))  # has no length
     run(function, linear, batches, F.nll_loss, progress=True)
-    assert f"\r{function} " in (shown := capsys.readouterr().out) and values in shown
+    shown = capsys.readouterr().out
+    assert f"\r{function}: 3batch " in shown and values in shown
 
 
 @both
