@@ -1282,13 +1282,13 @@ def _types(state):
 
 SMALLEST_DRAWING = 16  # of the pad's 320 pixels; a dot of the pen has 7
 # Below this probability an answer is marked as not sure. With the notebook's temperature, that is
-# so for 1.0 % of 5,000 held-out digits of MNIST, 3.5 % of 400 digits that tests/handwriting.py
-# draws, and 46 % of 410 letters and other shapes drawn the same way.
-SURE = 0.95
+# so for 2.2 % of 5,000 held-out digits of MNIST, 5 % of 400 digits that tests/handwriting.py draws,
+# and 71 % of 410 letters and other shapes drawn the same way.
+SURE = 0.99
 PAD_SCRIPT = """
 function render({ model, el }) {
   const rows = model.get("classes").map((name) =>
-    `<tr><td>${name}<td><meter max="100" style="width: 70px"></meter><td style="width: 3em">`);
+    `<tr><td>${name}<td><meter max="100" style="width: 70px"></meter><td style="width: 4em">`);
   el.innerHTML = `
     <div style="display: flex; flex-wrap: wrap; gap: 10px; max-width: 540px">
       <output style="flex: 1 0 100%; min-height: 3em; font-size: 120%"></output>
@@ -1400,7 +1400,7 @@ def drawing_pad(model, classes, temperature=1.0):
     """Return a Jupyter widget to draw a digit in, with the mouse or a finger, or to upload a photo.
 
     After each stroke it shows the answer of `predict_image`, the probabilities and the 28×28 image
-    that the model saw. Below 95 %, the answer is marked as not sure. A notebook that is not running
+    that the model saw. Below 99 %, the answer is marked as not sure. A notebook that is not running
     shows a sentence in its place.
 
     model: as for `predict_image`. The pad takes a copy: Jupyter may answer while a cell trains it.
@@ -1461,7 +1461,7 @@ def _answer(model, classes, temperature, image):
         return {"text": "Found no single digit: draw one in thin strokes, or take a closer photo."}
     text = f"{classes[digit]} ({100 * probabilities[digit]:.0f} %)"
     if probabilities[digit] < SURE:
-        text = f"Not sure: perhaps {text}, perhaps no digit."
+        text = f"Not sure: perhaps {classes[digit]}, perhaps no digit."
     png = io.BytesIO()
     Image.fromarray(prepared).save(png, "PNG")
     return {
