@@ -1354,6 +1354,7 @@ function render({ model, el }) {
     pen.moveTo(event.offsetX, event.offsetY);
     draw(event);  // a click leaves a dot
   };
+  canvas.onmousedown = (event) => event.preventDefault();  // no dragging of selected text
   canvas.onpointermove = (event) => { if (event.pointerId === active) draw(event); };
   canvas.onlostpointercapture = (event) => {
     if (event.pointerId !== active) return;

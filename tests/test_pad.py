@@ -248,11 +248,13 @@ def test_the_pad_in_jupyterlab(page, tmp_path):
 
     kernel = int((tmp_path / "pid").read_text())
     os.kill(kernel, signal.SIGSTOP)  # a busy kernel; JupyterLab sees no difference
-    clear()
-    draw_with_the_mouse(page, *SEVEN)
-    expect("…")
-    expect(NO_ANSWER)
-    os.kill(kernel, signal.SIGCONT)
+    try:
+        clear()
+        draw_with_the_mouse(page, *SEVEN)
+        expect("…")
+        expect(NO_ANSWER)
+    finally:
+        os.kill(kernel, signal.SIGCONT)
     expect("7 - seven")
 
     choose(page, "Kernel", "Restart Kernel…")  # a kernel that is gone
