@@ -205,6 +205,11 @@ def test_the_device_is_not_waited_for_in_each_step(linear, samples, function):
 class StandIn:
     """Records nothing; replays by running the function again, into the tensors returned first."""
 
+    made = 0
+
+    def __init__(self):
+        StandIn.made += 1
+
     def replay(self):
         with torch.enable_grad():
             results = self.recorded.function(*self.recorded.inputs)
@@ -225,13 +230,14 @@ def test_a_recorded_step_is_replayed_for_batches_of_one_shape(linear, monkeypatc
 
     recorded = utils._Recorded(double)
     recorded.replays = 0
-    StandIn.recorded = recorded
+    StandIn.recorded, StandIn.made = recorded, 0
     for count in (8, 8, 8, 3, 8, 8):  # an odd batch starts over: it has replaced the gradients
         data, target = torch.randn(count), torch.arange(count)
         output, label = recorded(data, target)
         assert torch.equal(output, 2 * data) and torch.equal(label, target + 1)
         assert torch.equal(seen[-1], data)
     assert recorded.replays == 3  # not for the first of its shape, which prepares CUDA's libraries
+    assert StandIn.made == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
