@@ -43,12 +43,12 @@ from torchvision import datasets
 from tqdm import tqdm
 
 __all__ = [
-    "BatchLoader", "Digits", "Metrics", "RandomAffine", "RunningMetrics", "back_up_checkpoint",
-    "data_parallel", "drawing_pad", "end_distributed", "get_correct_pred_count", "get_device",
-    "Stopped", "init_distributed", "load_checkpoint", "load_data", "plot_confusion_matrix",
-    "plot_misclassified", "plot_prediction", "plot_sample_data", "plot_train_metrics",
-    "predict", "predict_image", "print_epoch", "progress_bar", "resume", "save_checkpoint",
-    "set_seed", "test", "train",
+    "BatchLoader", "Digits", "Metrics", "RandomAffine", "RunningMetrics", "Stopped",
+    "back_up_checkpoint", "data_parallel", "drawing_pad", "end_distributed",
+    "get_correct_pred_count", "get_device", "init_distributed", "load_checkpoint", "load_data",
+    "plot_confusion_matrix", "plot_misclassified", "plot_prediction", "plot_sample_data",
+    "plot_train_metrics", "predict", "predict_image", "print_epoch", "progress_bar", "resume",
+    "save_checkpoint", "set_seed", "test", "train",
 ]  # fmt: skip
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
@@ -1064,7 +1064,8 @@ def plot_confusion_matrix(predictions, targets, classes, *, title=None):
     errors = counts - np.diag(counts.diagonal())
     names = [_short(name) for name in classes]
     display = ConfusionMatrixDisplay(errors, display_labels=names)
-    display.plot(ax=axes, cmap="Reds", colorbar=False, xticks_rotation=_slant(names))
+    display.plot(ax=axes, cmap="Reds", colorbar=False)
+    _name_x_axis(axes, names)
     for (true, predicted), text in np.ndenumerate(display.text_):
         text.set_text(counts[true, predicted] or "")
         if true == predicted:
@@ -1090,7 +1091,7 @@ def plot_prediction(image, probabilities, prepared, classes=None, *, title=None)
     bars = right.bar(range(len(percent)), percent)
     right.bar_label(bars, fmt=lambda value: f"{value:.0f} %" if value >= 5 else "")
     right.set(xlabel="class", ylabel="probability (%)", ylim=(0, 110))
-    right.set_xticks(range(len(percent)), names, rotation=_slant(names))
+    _name_x_axis(right, names)
     fig.suptitle(title)
 
 
@@ -1110,8 +1111,9 @@ def _short(name):
     return re.sub(r"^(\d) - .*", r"\1", name)
 
 
-def _slant(names):
-    return 45 if max(map(len, names)) > 3 else 0  # degrees, so that long names do not overlap
+def _name_x_axis(axes, names):
+    slanted = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(range(len(names)), names, **slanted)  # long names would overlap
 
 
 def _plot_images(images, titles, title):
