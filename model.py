@@ -14,6 +14,9 @@ class Net(nn.Module):
     `F.nll_loss` is the matching criterion. `nn.CrossEntropyLoss` is right as well, since it takes
     the log-softmax of its input and the log-softmax of log-probabilities is themselves.
 
+    The weights are stored channels-last. `torch.nn.utils.parameters_to_vector`, LBFGS and `prune`
+    need contiguous ones: `net.to(memory_format=torch.contiguous_format)` makes them so.
+
     Raises ValueError for an input of another shape.
     """
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).parent.parent
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for two processes, on a machine with fewer GPUs
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest, those of the notebook, so that no process is left alone with them."""
+    """Begin with the longest, so that no process is left alone with them."""
     items.sort(key=lambda item: item.path.name not in ("test_notebook.py", "test_distributed.py"))
 
 
@@ -42,13 +43,18 @@ def samples():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def offline(monkeypatch):
+    """A proxy that refuses every connection, for this process and those it starts."""
+    for kind in ("http", "https"):
+        monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, offline):
     """A folder with the notebook, model.py and utils.py and nothing more, to run in, offline."""
     for name in ("S5.ipynb", "model.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    for kind in ("http", "https"):  # a proxy that refuses every connection
-        monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

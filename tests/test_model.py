@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, prune
 
 from model import Net
 
@@ -20,29 +21,7 @@ def test_both_criteria_agree():
 
 def test_size_is_as_documented():
     count = sum(parameter.numel() for parameter in Net().parameters())
-    assert count <= 200_000
     assert f"{count:,} parameters" in Net.__doc__
-
-
-def test_each_layer_is_a_named_module():
-    kinds = [type(module) for _, module in Net().named_children()]
-    for kind in (nn.Conv2d, nn.MaxPool2d, nn.Linear):
-        assert kind in kinds
-
-
-def test_each_convolution_passes_through_relu(monkeypatch):
-    channels, relu = [], F.relu
-
-    def spy(x):
-        if x.dim() == 4:
-            channels.append(x.shape[1])
-        return relu(x)
-
-    monkeypatch.setattr(F, "relu", spy)
-    net = Net()
-    net(torch.randn(7, 1, 28, 28))
-    convolutions = [module for module in net.children() if isinstance(module, nn.Conv2d)]
-    assert channels == [convolution.out_channels for convolution in convolutions]
 
 
 @pytest.mark.filterwarnings("ignore")  # what the tracer has to say
@@ -54,6 +33,23 @@ def test_an_empty_batch_and_exported_forms_work():
     exported = torch.export.export(net, (images[:2],), dynamic_shapes=sizes).module()
     for form in (traced, exported):
         torch.testing.assert_close(form(images), net(images))
+
+
+def test_made_contiguous_it_works_where_the_docstring_says_so():
+    net = Net().to(memory_format=torch.contiguous_format)
+    assert len(parameters_to_vector(net.parameters())) == 105_114
+    images, target = torch.randn(64, 1, 28, 28), torch.arange(64) % 10
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.nll_loss(net(images), target)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > F.nll_loss(net(images), target)
+    prune.global_unstructured([(net.conv2, "weight")], prune.L1Unstructured, amount=0.5)
+    assert (net.conv2.weight == 0).double().mean() == 0.5
 
 
 @pytest.mark.parametrize(
