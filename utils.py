@@ -134,8 +134,7 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, verbose=True):
     """Evaluate `model` and return its mean loss and its accuracy in percent.
 
-    Arguments and errors as for `train`. Of several processes, each tests the model that it has;
-    the first one's result counts.
+    Arguments and errors as for `train`. Of several processes, the first one's result counts.
     """
     model.eval()
     metrics = RunningMetrics(criterion, test_losses, test_acc)
@@ -185,9 +184,7 @@ class RunningMetrics:
         loss, correct, count = self.sums.tolist()  # here the host waits for the device
         loss, accuracy = loss / count, 100 * correct / count
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss}: check the data, or lower the learning rate"
-            )
+            raise FloatingPointError(f"the loss is {loss}: is the learning rate too high?")
         for append, value in zip(self.appends, (loss, accuracy), strict=True):
             append(value)
         if verbose:
@@ -427,8 +424,7 @@ class BatchLoader:
 class RandomAffine:
     """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
 
-    Like torchvision's `RandomAffine`, which draws one set of parameters for a whole batch. Images
-    must be square.
+    Like torchvision's `RandomAffine`, which draws one set for a whole batch. Images are square.
     """
 
     degrees: float  # largest rotation, in both directions
@@ -448,8 +444,7 @@ class RandomAffine:
         scale = uniform(*self.scale)
         tan = uniform(-self.shear, self.shear).deg2rad().tan()
         cos, sin = angle.cos(), angle.sin()
-        # As in torchvision, p moves to scale · R(angle) · X(-shear) · p + shift, with y pointing
-        # down; F.affine_grid wants the inverse.
+        # p moves to scale · R(angle) · X(-shear) · p + shift; F.affine_grid wants the inverse.
         inverse = torch.stack((cos - sin * tan, sin + cos * tan, -sin, cos), dim=1)
         inverse = inverse.view(-1, 2, 2) / scale.view(-1, 1, 1)
         shift = inverse @ (2 * shift).unsqueeze(2)  # the grid's coordinates run from -1 to 1
@@ -489,9 +484,7 @@ def predict_image(model, image, temperature=1.0):
     Raises ValueError if the image contains no ink or several digits, and Pillow's errors if it
     cannot be read.
     """
-    grey = _small_grey(image)
-    digit = _find_digit(grey)
-    model_input = _mnist_form(digit)
+    model_input = _mnist_form(_find_digit(_small_grey(image)))
     like = next(model.parameters(), torch.empty(0))  # of the model's dtype, on its device
     data = (torch.from_numpy(model_input).to(like) / 255 - MEAN) / STD
     batch = data[None, None], torch.zeros(1)  # (1, 1, 28, 28), and a label that is not used
@@ -560,17 +553,17 @@ def _mnist_form(digit):
 def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=None):
     """Plot loss and accuracy (percent) by epoch, train against test.
 
-    The scale of the accuracy widens towards 100 %: its ticks are even steps of the error.
+    The scale of the accuracy widens towards 100 %: it is nearly that of the error's logarithm.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    train, test = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
-    for name, losses, accuracies in (train, test):
+    rows = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
+    for name, losses, accuracies in rows:
         epochs = range(1, len(losses) + 1)
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, accuracies, ".-", label=f"{name} {accuracies[-1]:.2f} %")
-    low, high = min(*train_acc, *test_acc) - 0.05, 100.01
+    low, high = 100.1 - 1.1 * (100.1 - min(*train_acc, *test_acc)), 100.02
     right.set_ylim(low, high)
-    widen, narrow = lambda acc: -np.log(100.02 - acc), lambda y: 100.02 - np.exp(-y)
+    widen, narrow = lambda acc: -np.log(100.1 - acc), lambda y: 100.1 - np.exp(-y)
     right.set_yscale("function", functions=(widen, narrow))
     ticks = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100)
     right.set_yticks([tick for tick in ticks if low <= tick <= high])
@@ -590,9 +583,9 @@ def plot_images(images, titles, *, title=None):
         images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
-    fig, grid = plt.subplots(3, 8, figsize=(11, 4.6), layout="constrained")
-    for axes in grid.flat:
-        axes.axis("off")
+    rows = max(1, math.ceil(len(images) / 8))
+    fig, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
+    plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(name, fontsize=10 if len(str(name)) < 16 else 7)
@@ -602,8 +595,7 @@ def plot_images(images, titles, *, title=None):
 def plot_sample_data(data_loader, *, title=None):
     """Plot up to 24 images of the first batch, as the model sees them, with their labels."""
     images, labels = next(iter(data_loader))
-    dataset = getattr(data_loader, "dataset", None)
-    classes = getattr(dataset, "classes", range(labels.max() + 1))
+    classes = getattr(getattr(data_loader, "dataset", 0), "classes", range(labels.max() + 1))
     plot_images(images, [classes[label] for label in labels], title=title)
 
 
@@ -629,8 +621,9 @@ def plot_prediction(image, probabilities, model_input, classes, *, title=None):
     middle.imshow(model_input, cmap="gray", vmin=0, vmax=255)
     left.set(xlabel="the image, in grey", xticks=[], yticks=[])
     middle.set(xlabel="what the model sees", xticks=[], yticks=[])
-    right.bar_label(right.barh(classes, 100 * np.asarray(probabilities)), fmt="{:.0f} %")
-    right.set(xlabel="probability (%)", xlim=(0, 115))
+    bars = right.barh(classes, 100 * np.asarray(probabilities))
+    right.bar_label(bars, fmt="{:.0f} %", padding=4)
+    right.set(xlabel="probability (%)", xlim=(0, 120))
     right.invert_yaxis()
     fig.suptitle(title)
 
@@ -646,9 +639,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     """
     if _rank() > 0:
         return
-    parts = {
-        name: part if isinstance(part, list) else part.state_dict() for name, part in state.items()
-    }
+    parts = {k: v if isinstance(v, list) else v.state_dict() for k, v in state.items()}
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -678,8 +669,7 @@ def load_checkpoint(path, hyperparameters, **state):
     except Exception as error:  # zipfile and torch.load raise errors of many types
         raise ValueError(f"'{path}' is damaged or not a checkpoint: delete it") from error
     if saved != hyperparameters:
-        names = saved | hyperparameters
-        changes = {k: (saved.get(k), hyperparameters.get(k)) for k in names}
+        changes = {k: (saved.get(k), hyperparameters.get(k)) for k in saved | hyperparameters}
         changes = {k: (then, now) for k, (then, now) in changes.items() if then != now}
         raise ValueError(f"'{path}' belongs to a run with other parameters (then, now): {changes}")
     for name, part in state.items():

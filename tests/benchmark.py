@@ -2,17 +2,15 @@
 
     python tests/benchmark.py               # everything in full: hours on two cores
     python tests/benchmark.py --quick       # trains one epoch of the references, to estimate times
-    python tests/benchmark.py --ablation    # what each ingredient buys, on held-out images
 
 Each run is a process of its own, and the recipes take turns, so that a slow minute of the machine
-hits all of them alike. A run of the comparison trains on all 60,000 images and reads the test set
-once, at its end; the ablation never reads it. Seconds are those of loading and training, without
-imports, decoding and evaluation.
+hits all of them alike. A run trains on all 60,000 images and reads the test set once, at its end.
+Seconds are those of loading and training, without imports, decoding and evaluation.
 
-Results are saved after each run, in runs/benchmark.json or runs/ablation.json; start an interrupted
-benchmark again and it continues from there. --accuracies adds those measured on another machine,
-such as one with a GPU, for recipes that are only timed here. At the end it prints a Markdown table
-and draws runs/benchmark.png. The README's table and figure come from copies in .assets/.
+Results are saved after each run, in runs/benchmark.json; start an interrupted benchmark again and
+it continues from there. --accuracies adds those in the benchmark.json of another machine, such as
+one with a GPU, for recipes that are only timed here. At the end it prints a Markdown table and
+draws runs/benchmark.png. The README's table and figure come from copies in .assets/.
 """
 
 import argparse
@@ -20,7 +18,6 @@ import hashlib
 import json
 import platform
 import re
-import resource
 import statistics
 import sys
 import time
@@ -34,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.ticker import LogLocator
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,53 +46,20 @@ EXAMPLE = "PyTorch's basic example"
 CLASSIC = "the classic notebook"
 
 NORMALIZE = T.Normalize(0.1307, 0.3081)  # MNIST's mean and standard deviation
-AUGMENT = RandomAffine(degrees=7, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=5)
-STRONGER = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=10)
-RECIPE = "the recipe"
-ABLATION_EPOCHS = 4
-ABLATION = {
-    RECIPE: {},
-    "no augmentation": {"augment": None},
-    "stronger augmentation": {"augment": STRONGER},
-    "no label smoothing": {"label_smoothing": 0.0},
-    "no batch norm": {"batch_norm": False},
-    "constant learning rate 0.001": {"learning_rate": 0.001, "one_cycle": False},
-    "peak learning rate 0.02": {"learning_rate": 0.02},
-    "batches of 64": {"batch_size": 64},
-}
-
 
 # --- recipes: model, loader, optimizer, criterion and scheduler
 
 
-def ours(
-    data,
-    device,
-    seed,
-    epochs,
-    *,
-    augment=AUGMENT,
-    batch_norm=True,
-    batch_size=128,
-    label_smoothing=0.1,
-    learning_rate=0.01,
-    one_cycle=True,
-):
-    """The notebook's recipe, whose scheduler steps after each batch, or a change of it."""
-    loader = BatchLoader(data, batch_size, device=device, shuffle=True, augment=augment, seed=seed)
-    model = Net()
-    if not batch_norm:
-        model.norm1 = model.norm2 = model.norm3 = nn.Identity()
-        for conv in (model.conv1, model.conv2, model.conv3):
-            conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-    scheduler = None
-    if one_cycle:
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=learning_rate, total_steps=epochs * len(loader)
-        )
-    return model, loader, optimizer, nn.CrossEntropyLoss(label_smoothing=label_smoothing), scheduler
+def ours(data, device, seed, epochs):
+    """The notebook's recipe, whose scheduler steps after each batch."""
+    augment = RandomAffine(degrees=7, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=5)
+    loader = BatchLoader(data, 128, device=device, shuffle=True, augment=augment, seed=seed)
+    model = Net().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.01, total_steps=epochs * len(loader)
+    )
+    return model, loader, optimizer, nn.CrossEntropyLoss(label_smoothing=0.1), scheduler
 
 
 def pytorch_example(data, device):
@@ -133,14 +97,6 @@ REFERENCES = {EXAMPLE: (pytorch_example, 14), CLASSIC: (classic_notebook, 20)}
 # --- one run
 
 
-def hold_out(data, seed):
-    """Split into (rest, held out): 5,000 of MNIST's 60,000 images, others for each of 12 seeds."""
-    count = len(data) // 12
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    order = order.roll(-count * seed)
-    return Subset(data, order[count:]), Subset(data, order[:count])
-
-
 def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     """Train once, for `timed_epochs` of the recipe's `epochs`, and return the figures.
 
@@ -148,46 +104,32 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     """
     device = get_device()
     train_data, test_data = load_data(dataset)
-    if name in ABLATION:
-        train_data, test_data = hold_out(train_data, seed)
     set_seed(seed)
     if name in REFERENCES:
         parts = REFERENCES[name][0](train_data, device)
     else:
-        parts = ours(train_data, device, seed, epochs, **ABLATION.get(name, {}))
+        parts = ours(train_data, device, seed, epochs)
     model, loader, optimizer, criterion, scheduler = parts
-    per_step = None if name in REFERENCES else scheduler
+    options = {} if name in REFERENCES else {"scheduler": scheduler, "cuda_graph": True}
     seconds = 0.0
     for _ in range(timed_epochs):
         start = time.perf_counter()
-        trained = train(
-            model,
-            device,
-            loader,
-            optimizer,
-            criterion,
-            scheduler=per_step,
-            progress=False,
-            cuda_graph=name not in REFERENCES,  # as in the notebook
-        )
+        loss, _ = train(model, device, loader, optimizer, criterion, verbose=False, **options)
         seconds += time.perf_counter() - start
         if name in REFERENCES:
             scheduler.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     accuracy = None
     if timed_epochs == epochs:
         test_loader = BatchLoader(test_data, 1000, device=device)
-        accuracy = test(model, device, test_loader, criterion, progress=False).accuracy
+        _, accuracy = test(model, device, test_loader, criterion, verbose=False)
     return {
         "name": name,
         "epochs": epochs,
         "seed": seed,
         "timed_epochs": timed_epochs,
-        "train_loss": trained.loss,
+        "train_loss": loss,
         "accuracy": accuracy,
         "seconds": seconds * epochs / timed_epochs,
-        "images_per_second": timed_epochs * len(train_data) / seconds,
-        "peak_mib": peak / 2**20 if sys.platform == "darwin" else peak / 2**10,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
@@ -222,9 +164,7 @@ def summarise(results):
         row["timed_epochs"] = max(run["timed_epochs"] for run in runs)  # 0: on another machine
         timed = [run for run in runs if run["timed_epochs"] == row["timed_epochs"]]
         row["seconds"] = statistics.median(run["seconds"] for run in timed)
-        row["accuracies"] = {
-            run["seed"]: run["accuracy"] for run in runs if run["accuracy"] is not None
-        }
+        row["accuracies"] = [run["accuracy"] for run in runs if run["accuracy"] is not None]
         row["runs"] = len(row["accuracies"]) or len(timed)
         rows.append(row)
     return rows
@@ -240,9 +180,9 @@ def from_elsewhere(path, results):
     return [run for run in runs if (run["name"], run["epochs"]) not in known]
 
 
-def mean_and_deviation(values, form=".2f"):
+def mean_and_deviation(values):
     """Return "mean ± standard deviation", or the mean alone where there is one value."""
-    text = f"{statistics.mean(values):{form}}"
+    text = f"{statistics.mean(values):.2f}"
     return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
@@ -255,11 +195,9 @@ def table(rows):
     examples = [row for row in rows if row["name"] == EXAMPLE]
     example = max(examples, key=lambda row: row["timed_epochs"], default=None)
     for row in rows:
-        accuracy = mean_and_deviation(row["accuracies"].values()) if row["accuracies"] else "–"
-        seconds, speedup = f"{row['seconds']:,.1f}", "–"
-        if row["timed_epochs"] == 0:
-            seconds = "–"
-        elif row["timed_epochs"] < row["epochs"]:
+        accuracy = mean_and_deviation(row["accuracies"]) if row["accuracies"] else "–"
+        seconds, speedup = f"{row['seconds']:,.1f}" if row["timed_epochs"] else "–", "–"
+        if 0 < row["timed_epochs"] < row["epochs"]:
             seconds = f"≈ {row['seconds']:,.0f}"
         if example and row["timed_epochs"] > 0:
             speedup = f"{example['seconds'] / row['seconds']:.1f}"
@@ -275,28 +213,6 @@ def table(rows):
     return "\n".join([*lines, "", note])
 
 
-def ablation_table(rows):
-    """Return the errors on held-out images as a Markdown table, beside those of the recipe.
-
-    The differences are taken seed by seed: runs with the same seed hold out the same images.
-    """
-    recipe = next(row for row in rows if row["name"] == RECIPE)
-    lines = [
-        f"| {ABLATION_EPOCHS} epochs | validation error (%) | difference | runs | training time |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        errors = [100 - accuracy for accuracy in row["accuracies"].values()]
-        seeds = row["accuracies"].keys() & recipe["accuracies"].keys()
-        differences = [recipe["accuracies"][seed] - row["accuracies"][seed] for seed in seeds]
-        difference = "" if row is recipe else mean_and_deviation(differences, "+.2f")
-        lines.append(
-            f"| {row['name']} | {mean_and_deviation(errors)} | {difference} "
-            f"| {row['runs']} | {row['seconds'] / recipe['seconds']:.2f} × |"
-        )
-    return "\n".join(lines)
-
-
 def plot(rows):
     """Draw test error against training time, on a logarithmic axis, as pyplot's current figure."""
     _, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -304,7 +220,7 @@ def plot(rows):
         points = []
         for row in rows:
             if row["name"] == name and row["accuracies"] and row["timed_epochs"] > 0:
-                errors = [100 - accuracy for accuracy in row["accuracies"].values()]
+                errors = [100 - accuracy for accuracy in row["accuracies"]]
                 deviation = statistics.stdev(errors) if len(errors) > 1 else 0
                 points.append((row["seconds"], statistics.mean(errors), deviation))
                 text = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
@@ -319,8 +235,7 @@ def plot(rows):
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend()
+    axes.legend()
 
 
 def measure(jobs, data, path):
@@ -349,48 +264,36 @@ def measure(jobs, data, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="one epoch of each reference")
-    mode.add_argument("--ablation", action="store_true", help="changes of our recipe instead")
+    parser.add_argument("--quick", action="store_true", help="one epoch of each reference")
     parser.add_argument("--runs", type=int, default=5, help="runs of our recipe")
     parser.add_argument("--reference-runs", type=int, default=1, help="runs of each reference")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, EPOCHS], help="of our recipe")
     parser.add_argument("--data", default="MNIST", choices=("MNIST", "FashionMNIST", "digits"))
-    parser.add_argument(
-        "--accuracies",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="benchmark.json of other machines or data: accuracies of what is only timed here",
-    )
+    parser.add_argument("--accuracies", type=Path, nargs="+", default=[], help="JSON, see above")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="for the results")
     args = parser.parse_args()
 
     jobs = []  # name, epochs, seed, timed epochs
     for seed in range(max(args.runs, args.reference_runs)):
-        if args.ablation and seed < args.runs:
-            jobs += [(name, ABLATION_EPOCHS, seed, ABLATION_EPOCHS) for name in ABLATION]
-        elif seed < args.runs:
+        if seed < args.runs:
             jobs += [(OURS, epochs, seed, epochs) for epochs in args.epochs]
-        if not args.ablation and seed < args.reference_runs:
+        if seed < args.reference_runs:
             for name, (_, epochs) in REFERENCES.items():
                 jobs.append((name, epochs, seed, 1 if args.quick else epochs))
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    path = args.folder / ("ablation.json" if args.ablation else "benchmark.json")
+    path = args.folder / "benchmark.json"
     results = measure(jobs, args.data, path)
-    others = [run for other in args.accuracies for run in from_elsewhere(other, results)]
-    if others:
-        results["runs"] += others
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    for other in args.accuracies:
+        results["runs"] += from_elsewhere(other, results)
+    path.write_text(json.dumps(results, indent=1) + "\n")
     rows = summarise(results["runs"])
-    print("\n" + (ablation_table(rows) if args.ablation else table(rows)))
+    print("\n" + table(rows))
     print(f"\n{args.data}, on {results['machine']}.")
     for machine in {run["machine"] for run in results["runs"] if "machine" in run}:
         print(f"Accuracies without a time, or with an estimated one, are from {machine}.")
-    if not args.ablation:
-        plot(rows)
-        plt.savefig(path.with_suffix(".png"))
+    plot(rows)
+    plt.savefig(path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from benchmark import CLASSIC, EXAMPLE, OURS, RECIPE
+from benchmark import CLASSIC, EXAMPLE, OURS
 from conftest import ROOT
 from test_notebook import EPOCH, export
 
@@ -26,8 +26,7 @@ def digits():
 
 def test_trains_what_the_notebook_trains(folder, capsys):
     export(DATASET="digits", EPOCHS=2, SEED=3)
-    script = Path("S5.py").read_text()
-    assert re.search(rf"^EPOCHS = {benchmark.EPOCHS}\b", script, re.MULTILINE)
+    assert f"\nEPOCHS = {benchmark.EPOCHS}  #" in Path("S5.py").read_text()
     runpy.run_path("S5.py")
     *_, loss, _, _, accuracy = EPOCH.findall(capsys.readouterr().out)[-1]
     run = benchmark.run(OURS, 2, 3, 2, "digits")
@@ -53,19 +52,6 @@ def test_references_have_the_published_hyperparameters(digits):
         assert part in described
 
 
-def test_reference_in_full_is_evaluated_and_steps_its_schedule(monkeypatch):
-    schedulers = []
-
-    def example(data, device):
-        parts = benchmark.pytorch_example(data, device)
-        schedulers.append(parts[-1])
-        return parts
-
-    monkeypatch.setitem(benchmark.REFERENCES, EXAMPLE, (example, 2))
-    assert 80 < benchmark.run(EXAMPLE, 2, 0, 2, "digits")["accuracy"] <= 100
-    assert schedulers[0].get_last_lr() == [pytest.approx(0.7**2)]
-
-
 def test_interrupted_quick_benchmark_continues_and_prints_a_table(tmp_path, monkeypatch, capsys):
     path = tmp_path / "benchmark.json"
     done = result(EXAMPLE, None, 1234.5, timed_epochs=1)
@@ -88,39 +74,6 @@ def test_interrupted_quick_benchmark_continues_and_prints_a_table(tmp_path, monk
     path.write_text(json.dumps({**results, "machine": "another"}))
     with pytest.raises(SystemExit, match="another machine"):
         benchmark.main()
-
-
-def test_held_out_images_are_others_for_each_seed_and_never_trained_on(digits):
-    splits = [benchmark.hold_out(digits, seed) for seed in range(12)]
-    held_out = [set(part.indices.tolist()) for _, part in splits]
-    for (rest, part), indices in zip(splits, held_out, strict=True):
-        assert len(part) == len(indices) == len(digits) // 12
-        assert set(rest.indices.tolist()) == set(range(len(digits))) - indices
-    assert len(set.union(*held_out)) == 12 * (len(digits) // 12)
-
-
-def test_ablation_never_reads_the_test_set(monkeypatch):
-    train_data, _ = benchmark.load_data("digits")
-    monkeypatch.setattr(benchmark, "load_data", lambda name: (train_data, None))
-    assert 80 < benchmark.run(RECIPE, 2, 0, 2, "digits")["accuracy"] <= 100
-
-
-def test_each_change_of_the_recipe_is_another(digits):
-    settings = set()
-    for name, changes in benchmark.ABLATION.items():
-        parts = benchmark.ours(digits, "cpu", 0, 4, **changes)
-        model, loader, optimizer, criterion, scheduler = parts
-        model(next(iter(loader))[0])  # it runs
-        numbers = loader.batch_size, optimizer.defaults["lr"], criterion.label_smoothing
-        settings.add((str(model), loader.augment, *numbers))
-        assert (scheduler is None) == name.startswith("constant learning rate")
-    assert len(settings) == len(benchmark.ABLATION)
-
-
-def test_without_batch_norm_each_convolution_has_a_bias(digits):
-    model, *_ = benchmark.ours(digits, "cpu", 0, 4, batch_norm=False)
-    assert "Conv2d" in str(model)
-    assert "BatchNorm" not in str(model) and "bias=False" not in str(model)
 
 
 def test_table_has_spread_and_ratio():
@@ -158,18 +111,6 @@ def test_accuracies_of_another_machine_complete_the_table(tmp_path):
     ]
     benchmark.plot(rows)
     assert len(benchmark.plt.gca().containers) == 2  # a time of another machine is not drawn
-
-
-def test_ablation_table_pairs_the_runs_by_seed():
-    results = [
-        result(RECIPE, 99.0, 2.0),
-        result(RECIPE, 99.2, 2.0, seed=1),
-        result("no augmentation", 98.0, 1.0),
-        result("no augmentation", 98.4, 1.0, seed=1),
-    ]
-    recipe, changed = benchmark.ablation_table(benchmark.summarise(results)).splitlines()[2:]
-    assert recipe == "| the recipe | 0.90 ± 0.14 |  | 2 | 1.00 × |"
-    assert changed == "| no augmentation | 1.80 ± 0.28 | +0.90 ± 0.14 | 2 | 0.50 × |"
 
 
 def test_readme_shows_the_committed_benchmark():

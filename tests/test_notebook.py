@@ -1,3 +1,4 @@
+import asyncio
 import os
 import re
 import runpy
@@ -10,21 +11,20 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import papermill
-import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbconvert import PythonExporter
 from PIL import Image, ImageDraw
 from test_data import write_dataset
-from torchvision import datasets
 
 import utils
 from model import Net
 
 EPOCH = re.compile(
-    r"^Epoch +(\d+)/(\d+)  train loss ([\d.]+) accuracy +([\d.]+) %"
-    r"  test loss ([\d.]+) accuracy +([\d.]+) % +[\d.]+ s$",
+    r"^Epoch +(\d+)/(\d+) train loss ([\d.]+) accuracy ([\d.]+) %"
+    r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$",
     re.MULTILINE,
 )
 
@@ -33,17 +33,9 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def is_parameters(cell):
-    return "parameters" in cell.metadata.get("tags", [])
-
-
 def stdout(notebook):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
-
-
-def pictures(cell):
-    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
 def check_run(notebook, dataset, epochs):
@@ -53,16 +45,15 @@ def check_run(notebook, dataset, epochs):
     numbers = [(int(epoch), int(total)) for epoch, total, *_ in lines]
     assert numbers == [(epoch, epochs) for epoch in range(1, epochs + 1)]
     accuracy = lines[-1][-1]
-    last = f"Final test accuracy: {accuracy} % ({dataset}, epoch {epochs})"
-    assert printed.splitlines()[-1] == last
+    result, sentence = printed.splitlines()[-2:]
+    assert result == f"Final test accuracy: {accuracy} % ({dataset}, epoch {epochs})"
+    assert sentence == "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
     for cell in code_cells(notebook):
-        draws = re.search(r"^ *(plot_\w+\(|plt.figure|.*plt.subplots)", cell.source, re.MULTILINE)
-        assert pictures(cell) == bool(draws)
-        for output in cell.outputs:  # no error, no warning, no progress bar
-            data = output.get("data", {})
-            assert output.get("name") == "stdout" or "image/png" in data or "text/plain" in data
-    sentence = "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
-    assert cell.outputs[-1]["data"] == {"text/plain": sentence}
+        pictures = ["image/png" in output.get("data", {}) for output in cell.outputs]
+        assert sum(pictures) == cell.source.count("plt.savefig")
+        for output, is_picture in zip(cell.outputs, pictures, strict=True):
+            assert is_picture or output.get("name") == "stdout"  # no error, no warning, no bar
+    assert "widgets" not in notebook.metadata
     return float(accuracy)
 
 
@@ -72,141 +63,103 @@ def test_runs_on_mnist(folder, mnist_root, monkeypatch):
     assert check_run(notebook, "MNIST", 1) > 98
 
 
-def weights(folder):
-    state = torch.load(folder / "runs" / "model.pt")
+def weights():
+    state = torch.load("runs/model.pt", map_location="cpu")
     return torch.cat([value.flatten().double() for value in state.values()])
-
-
-def two_digits(path):
-    image = Image.new("L", (300, 200), "white")
-    for x in (80, 220):
-        ImageDraw.Draw(image).line([(x, 40), (x, 160)], "black", width=12)
-    image.save(path)
 
 
 def export(**parameters):
     """Export the notebook with other parameters as S5.py."""
-    small = papermill.execute_notebook("S5.ipynb", None, parameters, prepare_only=True)
-    Path("S5.py").write_text(PythonExporter().from_notebook_node(small)[0])
+    notebook = papermill.execute_notebook("S5.ipynb", None, parameters, prepare_only=True)
+    Path("S5.py").write_text(PythonExporter().from_notebook_node(notebook)[0])
+
+
+class StopOnce(NotebookClient):
+    """Runs a notebook, and interrupts its kernel as soon as it prints that epoch 2 is done."""
+
+    stopped = False
+
+    def process_message(self, message, cell, index):
+        if "Epoch  2/" in str(message["content"]) and not self.stopped:
+            self.stopped = True
+            asyncio.ensure_future(self.km.interrupt_kernel())
+        return super().process_message(message, cell, index)
 
 
 def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
-    """Once whole, once stopped in epoch 2 and its cell run again, once killed and resumed."""
-    small = {"DATASET": "digits", "EPOCHS": 4}
+    """Once whole, once stopped and its cell run again, once killed, run again as a script."""
+    small = {"DATASET": "digits", "EPOCHS": 12}
     whole = papermill.execute_notebook("S5.ipynb", None, small, progress_bar=False)
-    assert check_run(whole, "digits", 4) > 80
-    pictures = ["curves", "confusion", "misclassified", "reliability", "prediction"]
-    for name in (*(f"{name}.png" for name in pictures), "model.pt", "checkpoint.pt"):
-        assert (folder / "runs" / name).stat().st_size > 1000
-    epochs, expected = EPOCH.findall(stdout(whole)), weights(folder)
-    checkpoint = (folder / "runs" / "checkpoint.pt").read_bytes()
-    moved = f"The previous run's checkpoint is now {Path('runs', 'checkpoint.pt.bak')}\n"
+    assert check_run(whole, "digits", 12) > 95
+    epochs, expected = EPOCH.findall(stdout(whole)), weights()
+    for name in re.findall(r'savefig\(f"{RUNS}/(.*)"', "\n".join(c.source for c in whole.cells)):
+        assert Path("runs", name).stat().st_size > 1000
 
-    stopped = nbformat.read("S5.ipynb", as_version=4)
-    (loop,) = [cell for cell in code_cells(stopped) if "for epoch in" in cell.source]
-    (parameters,) = [cell for cell in code_cells(stopped) if is_parameters(cell)]
-    parameters.source += '\nDATASET, EPOCHS, IMAGE = "digits", 4, "two_digits.png"'
-    two_digits(folder / "two_digits.png")
-    again = nbformat.from_dict({**loop, "id": "again"})
-    stop = (
-        "        if epoch == 2:\n            raise KeyboardInterrupt\n        test_metrics = test("
+    stopped = papermill.execute_notebook("S5.ipynb", None, small, prepare_only=True)
+    client = StopOnce(stopped, resources={"metadata": {"path": "."}}, allow_errors=True)
+    loop = next(i for i, cell in enumerate(stopped.cells) if "for epoch in" in cell.source)
+    with client.setup_kernel():
+        for index, cell in enumerate(stopped.cells):
+            client.execute_cell(cell, index)
+            if index == loop:
+                assert cell.outputs[-1].ename == "KeyboardInterrupt"
+                first = EPOCH.findall(stdout(stopped))
+                client.execute_cell(cell, index)
+    resumed = EPOCH.findall(stdout(stopped))
+    done = len(epochs) - len(resumed)
+    assert (
+        2 <= done <= len(first) + 1 and first == epochs[: len(first)] and resumed == epochs[done:]
     )
-    loop.source = loop.source.replace("        test_metrics = test(", stop)
-    loop.metadata["tags"] = ["raises-exception"]
-    stopped.cells.insert(stopped.cells.index(loop) + 1, again)
-    NotebookClient(stopped, resources={"metadata": {"path": "."}}).execute()
-    assert loop.outputs[-1]["traceback"] == ["Stopped in epoch 2: run this cell again to go on."]
-    assert moved in stdout(stopped) and "Restored epoch 1 from" in stdout(stopped)
-    assert "two_digits.png cannot be read: found several digits" in stdout(stopped)
-    assert stopped.cells[-1].execution_count  # the drawing pad's cell is reached nevertheless
-    assert (folder / "runs" / "checkpoint.pt.bak").read_bytes() == checkpoint
-    assert EPOCH.findall(stdout(stopped)) == epochs and torch.equal(weights(folder), expected)
+    assert f"Resumed after epoch {done}: test accuracy {epochs[done - 1][-1]} %" in stdout(stopped)
+    assert torch.equal(weights(), expected)
 
     export(**small)
     command = [sys.executable, "-u", "S5.py"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        printed = []
         for line in run.stdout:
-            printed.append(line)
-            if line.startswith("Epoch 2/4"):
+            if line.startswith("Epoch  2/12"):
                 run.kill()
                 break
-    Path("S5.py").write_text(Path("S5.py").read_text().replace("RESUME = False", "RESUME = True"))
-    resumed = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert moved in printed and re.search(r"^Restored epoch [234] from", resumed.stdout, re.M)
-    lines = EPOCH.findall("".join(printed)) + EPOCH.findall(resumed.stdout)
-    assert lines[:2] == epochs[:2] and set(lines) <= set(epochs)
-    assert torch.equal(weights(folder), expected)
-    hyperparameters = utils.load_checkpoint(folder / "runs" / "checkpoint.pt")["hyperparameters"]
-    del hyperparameters["AUGMENT"]
-    assert hyperparameters == {
-        **{"DATASET": "digits", "EPOCHS": 4, "SEED": 0},
-        **{"BATCH_SIZE": 128, "LEARNING_RATE": 0.01},
-    }
+    export(**small, RESUME=True)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = EPOCH.findall(again.stdout)
+    assert 0 < len(lines) <= 10 and lines == epochs[-len(lines) :]
+    assert torch.equal(weights(), expected)
+    export(**small, RESUME=True, LEARNING_RATE=0.02)
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 1 and "{'LEARNING_RATE': (0.01, 0.02)}" in other.stderr
 
 
-def test_exported_script_falls_back_to_digits(folder, capsys):
-    export(EPOCHS=1, RESUME=True)
-    with pytest.warns(UserWarning, match="'digits' INSTEAD OF MNIST"):
-        runpy.run_path("S5.py")
-    printed = capsys.readouterr().out
-    assert re.search(r"Final test accuracy: [\d.]+ % \(digits, epoch 1\)$", printed.strip())
-    assert f"There is no {Path('runs', 'checkpoint.pt')} yet: training starts with" in printed
-    assert (folder / "runs" / "curves.png").is_file()
-
-
-@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST", "QMNIST"])
-def test_other_datasets_run_from_top_to_bottom(folder, monkeypatch, capsys, name):
-    monkeypatch.setattr(utils, "DIGESTS", {})  # the files are made here
-    write_dataset(folder / "data", name, counts=(300, 100))
-    export(DATASET=name, EPOCHS=1)
+def test_another_dataset_runs_from_top_to_bottom(folder, capsys):
+    write_dataset(folder / "data", "KMNIST", counts=(300, 100))
+    export(DATASET="KMNIST", EPOCHS=1)
     plt.close("all")
     runpy.run_path("S5.py")
-    classes = getattr(datasets, name).classes
-    labels = [label.get_text() for label in plt.gca().get_xticklabels()]
-    assert labels == (list("0123456789") if name == "QMNIST" else classes)
+    names = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
+    assert [label.get_text() for label in plt.gca().get_yticklabels()] == names
     printed = capsys.readouterr().out
-    for label in classes:
-        assert f"\n{label}: " in printed
-    assert re.search(rf"accuracy: [\d.]+ % \({name}, epoch 1\)$", printed.strip())
+    assert all(f"\n{name}: " in printed for name in names)
+    assert re.search(r"accuracy: [\d.]+ % \(KMNIST, epoch 1\)$", printed, re.MULTILINE)
 
 
-def run_setup(folder, before="", **replace):
-    """Run the notebook's set-up cell as a script in `folder`, after the code `before`."""
+def run_setup(folder, before="", repository=""):
+    """Run the notebook's set-up cell in `folder`, after the code `before`, as a script."""
     notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
-    source = next(cell.source for cell in code_cells(notebook) if "REPO_URL" in cell.source)
-    for name, value in replace.items():
-        assert f'{name} = ""' in source
-        source = source.replace(f'{name} = ""', f"{name} = {value!r}")
-    source = f"{before}\n{source}\nimport model\nprint(Path.cwd().name)"
-    return subprocess.run(
-        [sys.executable, "-c", source], cwd=folder, capture_output=True, text=True
-    )
+    source = code_cells(notebook)[0].source.replace('REPO_URL = ""', f"REPO_URL = {repository!r}")
+    source = f"{before}\n{source}\nimport model\nprint(os.path.basename(os.getcwd()))"
+    run = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()[-1]
 
 
-def test_setup_without_the_helpers_says_what_to_do(tmp_path):
-    run = run_setup(tmp_path)
-    assert run.returncode == 1
-    for part in ("FileNotFoundError", "model.py", "utils.py", "upload", "REPO_URL"):
-        assert part in run.stderr
-
-
-@pytest.mark.parametrize("chosen", [["model.py", "utils.py"], []])
-def test_setup_on_colab_asks_for_the_files(tmp_path, chosen):
+def test_setup_on_colab_asks_for_the_files(tmp_path):
     stand_in = f"""
 import shutil, sys, types
 colab = sys.modules["google.colab"] = types.ModuleType("google.colab")
 sys.modules["google"] = types.ModuleType("google")
-upload = lambda: [shutil.copy({str(ROOT)!r} + "/" + name, ".") for name in {chosen}]
+upload = lambda: [shutil.copy(f"{ROOT}/{{name}}.py", ".") for name in ("model", "utils")]
 colab.files = types.SimpleNamespace(upload=upload)"""
-    run = run_setup(tmp_path, before=stand_in)
-    assert run.stdout.startswith("Choose model.py and utils.py:\n")
-    if chosen:
-        assert run.returncode == 0 and run.stdout.splitlines()[-1] == tmp_path.name
-    else:  # the dialog was closed
-        assert (
-            run.returncode == 1 and "FileNotFoundError: upload model.py and utils.py" in run.stderr
-        )
+    assert run_setup(tmp_path, before=stand_in) == tmp_path.name
 
 
 def test_setup_clones_the_repository(tmp_path):
@@ -219,9 +172,7 @@ def test_setup_clones_the_repository(tmp_path):
     subprocess.run(["git", "-C", origin, "add", "."], check=True)
     subprocess.run(["git", "-C", origin, *identity, "commit", "-qm", "helpers"], check=True)
     for _ in range(2):  # the second time as after a restart of the kernel
-        run = run_setup(colab, REPO_URL=str(origin))
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.splitlines()[-1] == "mnist" and (colab / "mnist" / "model.py").is_file()
+        assert run_setup(colab, repository=str(origin)) == "mnist"
 
 
 # --- what is committed
@@ -231,12 +182,10 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert max(len(cell.source.splitlines()) for cell in cells) <= 30  # half a screen
     (loop,) = [cell for cell in cells if "for epoch in" in cell.source]
     assert len(loop.outputs) == 1  # the lines of all epochs, in one block
-    assert "widgets" not in notebook.metadata
     parameters = {}
-    (tagged,) = [cell for cell in cells if is_parameters(cell)]
+    (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     exec(tagged.source, parameters)
     accuracy = check_run(notebook, "MNIST", parameters["EPOCHS"])
     readme = (ROOT / "README.md").read_text()
@@ -245,48 +194,27 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     assert f"{count:,} parameters" in readme
 
 
-def draw_seven(path):
-    image = Image.new("L", (300, 300), "white")
-    ImageDraw.Draw(image).line([(70, 70), (220, 65), (140, 240)], "black", width=14)
-    image.save(path)
-
-
-def test_the_committed_weights_are_those_of_the_committed_run(mnist_root, tmp_path):
+def test_committed_weights_are_as_good_as_the_readme_says(mnist_root):
     net = Net()
     net.load_state_dict(torch.load(ROOT / ".assets" / "model.pt", weights_only=True))
     test_data = utils.load_data("MNIST", mnist_root)[1]
-    loader = utils.BatchLoader(test_data, 1000)
-    accuracy = utils.test(net, "cpu", loader, torch.nn.functional.nll_loss).accuracy
-    last = stdout(nbformat.read(ROOT / "S5.ipynb", as_version=4)).splitlines()[-1]
-    assert last.startswith(f"Final test accuracy: {accuracy:.2f} % (MNIST, ")
-    draw_seven(tmp_path / "seven.png")
-    assert utils.predict_image(net, tmp_path / "seven.png")[0] == 7
+    _, accuracy = utils.test(net, "cpu", utils.BatchLoader(test_data, 1000), F.nll_loss)
+    assert f"{accuracy:.2f} %" in (ROOT / "README.md").read_text()
 
 
 def test_readme_examples_run(folder, capsys):
     readme = (ROOT / "README.md").read_text()
     with_weights, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     shutil.copytree(ROOT / ".assets", ".assets")
-    draw_seven("photo.jpg")
+    photo = Image.new("L", (300, 300), "white")
+    ImageDraw.Draw(photo).line([(70, 70), (220, 65), (140, 240)], "black", width=14)
+    photo.save("photo.jpg")
     exec(with_weights, {})
     assert re.fullmatch(r"7 0\.\d+\n", capsys.readouterr().out)
     with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST
         exec(example, {})
     printed = capsys.readouterr().out
-    assert re.fullmatch(r"(Metrics\(loss=[\d.]+, accuracy=[\d.]+\)\n){2}", printed)
-    assert float(re.findall(r"accuracy=([\d.]+)", printed)[-1]) > 80
-
-
-def test_a_star_import_brings_what_is_documented():
-    names = {}
-    exec("from utils import *", names)
-    del names["__builtins__"]
-    assert names.keys() == set(utils.__all__)
-    own = {
-        name for name, value in vars(utils).items() if getattr(value, "__module__", "") == "utils"
-    }
-    assert names.keys() == {name for name in own if not name.startswith("_")}
-    assert all(value.__doc__ for value in names.values())
+    assert re.fullmatch(r"train: loss .* %\ntest: loss .*, accuracy ([89]\d|100)\.\d+ %\n", printed)
 
 
 def test_utils_does_not_import_model():
