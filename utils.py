@@ -498,8 +498,7 @@ def _small_grey(image):
         image = Image.open(image)
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:  # on grey, black ink and white ink can both be seen
-        grey = Image.new("RGBA", image.size, "grey")
-        image = Image.alpha_composite(grey, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image.convert("RGBA"))
     return ImageOps.contain(image.convert("F"), (SEARCH_SIDE, SEARCH_SIDE))
 
 
@@ -510,10 +509,13 @@ def _find_digit(grey):
     paper = tiny.filter(ImageFilter.MedianFilter(WINDOW)).resize(grey.size)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - np.asarray(grey), 0.7)
     ink *= np.sign((ink**3).sum())  # ink is far from the paper: now it is positive, dark or light
-    sure = filters.threshold_otsu(ink)
-    mask = filters.apply_hysteresis_threshold(ink, FAINT * sure, sure)
-    height = ink[mask].mean() if mask.any() else 0
-    if height <= max(LEAST_INK * np.asarray(grey).max(), CONTRAST * ink[~mask].std()):
+    least, sure = LEAST_INK * np.asarray(grey).max(), filters.threshold_otsu(ink)
+    for strictness in (1, 1.5):
+        mask = filters.apply_hysteresis_threshold(ink, FAINT * sure, sure)
+        if mask.any() and ink[mask].mean() > strictness * max(least, CONTRAST * ink[~mask].std()):
+            break
+        sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades; ink is darker
+    else:
         raise ValueError("found no ink in the image: expected a digit on paper")
     # The digit has the most ink in the middle. Of the rest, lines, shadows and other digits reach
     # the border and go; broken strokes near the digit belong to it.
@@ -722,8 +724,7 @@ def drawing_pad(model, classes, temperature=1.0):
     It answers with the weights that `model` has now. Arguments as for `predict_image`.
     """
     if not is_interactive():
-        print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
-        return None
+        return print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
     import anywidget
     import traitlets
     from ipywidgets import Output, VBox

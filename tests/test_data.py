@@ -67,9 +67,6 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path, of
     (tmp_path / "KMNIST" / "raw" / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(RuntimeError, match="cannot download KMNIST: put its four files into.*raw'"):
         utils.load_data("KMNIST", tmp_path)
-
-
-def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="'MNIST'.*got 'mnist'"):
         utils.load_data("mnist")
 
@@ -96,10 +93,8 @@ def test_damaged_files_are_refused_and_never_replaced(published, tmp_path, mnist
     refused, count = 0, int(os.environ.get("FUZZ", 6)) // 2
     for number in range(count):
         file = files[number % 3]
-        content = bytearray(file.read_bytes())
-        damaged = bytearray(content)
-        damaged[len(content) // 2] ^= 1
-        file.write_bytes(damage(content, generator) if number > 0 else damaged)
+        content = file.read_bytes()
+        file.write_bytes(damage(content, generator))
         try:
             pair = utils.load_data(name, tmp_path)
         except ValueError as error:
@@ -121,13 +116,11 @@ def test_digits():
     assert test_data.targets[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
     for data in (train_data, test_data):
         assert data.data.dtype == torch.uint8 and data.data.shape[1:] == (28, 28)
-        brightest = data.data.amax(dim=0)
-        assert brightest.max() == 255 and brightest[4:24, 4:24].amax(dim=0).min() > 0
-        brightest[4:24, 4:24] = 0
-        assert brightest.max() == 0  # outside the box of 20×20
+        rows, columns = data.data.amax(dim=0).nonzero().T
+        for side in (rows, columns):  # a box of 20×20
+            assert (side.min(), side.max()) == (4, 23)
         shares = data.targets.bincount() / len(data)
-        assert len(shares) == len(data.classes) == 10
-        assert shares.min() > 0.09 and shares.max() < 0.11
+        assert len(shares) == 10 and shares.min() > 0.09 and shares.max() < 0.11
     train_data.transform = ToTensor()
     images, labels = next(iter(DataLoader(train_data, 5)))
     assert images.shape == (5, 1, 28, 28) and labels.tolist() == train_data.targets[:5].tolist()
@@ -181,22 +174,13 @@ def test_a_pass_is_a_function_of_seed_and_epoch():
     assert not torch.equal(epochs[0], epochs[1])
     next(iter(loader))  # changes nothing for a run that sets the epoch
     torch.manual_seed(1)
+    state = torch.get_rng_state()
     for resumed in (loader, augmented()):
         resumed.epoch = 2
         assert torch.equal(images_of_a_pass(resumed), epochs[2])
     other_seed = images_of_a_pass(augmented(seed=1))
     assert not torch.equal(other_seed, epochs[0]) and not torch.equal(other_seed, epochs[1])
-
-
-def test_global_generators_stay_as_they_are():
-    def draw():
-        return random.random(), np.random.random(), torch.rand(1).item()
-
-    utils.set_seed(0)
-    expected = draw()
-    utils.set_seed(0)
-    images_of_a_pass(augmented())
-    assert draw() == expected
+    assert torch.equal(torch.get_rng_state(), state)  # nor does a pass change that
 
 
 def test_augmentation_keeps_images_with_their_labels():

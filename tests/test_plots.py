@@ -47,25 +47,18 @@ def image_titles(figure_axes):
 
 
 @pytest.mark.parametrize("name", INPUT)
-def test_a_figure_is_left_open_to_be_saved(name, tmp_path):
+def test_a_figure_is_left_open_to_be_saved(name):
     plt.figure()  # of the user's own
     with warnings.catch_warnings(action="error"):
         getattr(utils, f"plot_{name}")(*INPUT[name], title="it")
-        plt.savefig(tmp_path / "it.png")
-    assert plt.get_fignums() == [1, 2] and plt.gcf().number == 2
-    assert plt.gcf().get_suptitle() == "it"
-    assert np.ptp(np.asarray(Image.open(tmp_path / "it.png").convert("L"))) > 0  # is not blank
+        plt.gcf().canvas.draw()
+    assert plt.get_fignums() == [1, 2] and plt.gcf().get_suptitle() == "it"
 
 
 def test_a_notebook_shows_each_figure_once(monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
     call = "plot_train_metrics([1], [2], [3], [4])"
-    pictures = {
-        "import matplotlib.pyplot as plt\nfrom utils import plot_train_metrics": 0,
-        call: 1,
-        f"for _ in range(2):\n    {call}": 2,
-        f"{call}\nplt.show()": 1,
-    }
+    pictures = {"from utils import plot_train_metrics": 0, call: 1, f"{call}\n{call}": 2}
     notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, pictures)])
     NotebookClient(notebook, resources={"metadata": {"path": ROOT}}).execute()
     for cell, count in zip(notebook.cells, pictures.values(), strict=True):
@@ -105,17 +98,12 @@ def test_sample_data_is_what_enters_the_model(samples):
     low, high = images.min(), images.max()
     np.testing.assert_allclose(shown[5].get_array(), (images[5, 0] - low) / (high - low), atol=1e-6)
     assert {picture.get_clim() for picture in shown} == {(0, 1)}  # one grey scale
-    assert image_titles(plot("sample_data", DataLoader(samples, 5))) == list("01234")
     assert len(image_titles(plot("sample_data", DataLoader(samples, 64)))) == 24
-
-
-def test_colour_images_are_plotted_as_such():
-    images = torch.rand(5, 3, 32, 30)
-    axes = plot("sample_data", [(images, torch.arange(5))])
-    assert axes[4].images[0].get_array().shape == (32, 30, 3)
-    red = images[:, 0]
-    expected = (red[4] - images.min()) / (images.max() - images.min())
-    np.testing.assert_allclose(axes[4].images[0].get_array()[..., 0], expected, atol=1e-6)
+    colour = torch.rand(5, 3, 32, 30)
+    axes = plot("sample_data", [(colour, torch.arange(5))])
+    assert image_titles(axes) == list("01234")
+    expected = (colour - colour.min()) / (colour.max() - colour.min())
+    np.testing.assert_allclose(axes[4].images[0].get_array(), expected[4].movedim(0, 2), atol=1e-6)
 
 
 def test_the_most_confident_mistakes_come_first():
