@@ -192,8 +192,7 @@ def table(rows):
         "| recipe | parameters | epochs | runs | test accuracy (%) | training (s) | speedup |",
         "|---|---|---|---|---|---|---|",
     ]
-    examples = [row for row in rows if row["name"] == EXAMPLE]
-    example = max(examples, key=lambda row: row["timed_epochs"], default=None)
+    example = next((row for row in rows if row["name"] == EXAMPLE), None)
     for row in rows:
         accuracy = mean_and_deviation(row["accuracies"]) if row["accuracies"] else "–"
         seconds, speedup = f"{row['seconds']:,.1f}" if row["timed_epochs"] else "–", "–"
@@ -253,9 +252,7 @@ def measure(jobs, data, path):
                 continue
             result = pool.submit(run, *job, data).result()
             results["runs"].append(result)
-            unfinished = path.with_suffix(".new")
-            unfinished.write_text(json.dumps(results, indent=1) + "\n")
-            unfinished.replace(path)
+            path.write_text(json.dumps(results, indent=1) + "\n")
             name, epochs, seed, _ = job
             reached = "" if result["accuracy"] is None else f"{result['accuracy']:.2f} %, "
             print(f"{name}, {epochs} epochs, seed {seed}: {reached}{result['seconds']:.1f} s")

@@ -1,15 +1,23 @@
 import os
+import re
 import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time; before torch is imported
 
+import papermill
 import pytest
 import torch
 import torch.nn as nn
+from nbconvert import PythonExporter
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for two processes, on a machine with fewer GPUs
+EPOCH = re.compile(  # a line that the notebook prints
+    r"^Epoch +(\d+)/(\d+) train loss ([\d.]+) accuracy ([\d.]+) %"
+    r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$",
+    re.MULTILINE,
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -60,16 +68,16 @@ def folder(tmp_path, monkeypatch, offline):
 
 
 def damage(content, generator):
-    """Return other bytes than `content`: some flipped, some cut out, or some put in."""
+    """Return other bytes than `content`: some replaced, put in or left out, or the end cut off."""
     start = generator.randrange(len(content))
-    end = min(len(content), start + generator.choice((1, 1, 8, 100, 10_000)))
-    match generator.randrange(4):
-        case 0:
-            flipped = bytes(byte ^ generator.randrange(1, 256) for byte in content[start:end])
-            return content[:start] + flipped + content[end:]
-        case 1:
-            return content[:start] + content[end:]
-        case 2:
-            return content[:start]
-        case _:
-            return content[:start] + generator.randbytes(end - start) + content[start:]
+    count = generator.choice((1, 1, 8, 100, 10_000))
+    noise = generator.randbytes(count)
+    kinds = (noise, count), (noise, 0), (b"", count), (b"", len(content))
+    put_in, left_out = generator.choice(kinds)
+    return content[:start] + put_in + content[start + left_out :]
+
+
+def export(**parameters):
+    """Export the notebook with other parameters as S5.py."""
+    notebook = papermill.execute_notebook("S5.ipynb", None, parameters, prepare_only=True)
+    Path("S5.py").write_text(PythonExporter().from_notebook_node(notebook)[0])

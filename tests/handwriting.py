@@ -1,6 +1,6 @@
 """Synthetic handwriting on synthetic paper, and how much of it `predict_image` recognises.
 
-    python tests/handwriting.py    # after the notebook, whose runs/model.pt it takes
+    python tests/handwriting.py    # with the weights in .assets/model.pt
 
 Digits are drawn stroke by stroke, in several European ways of writing and with pens of all widths.
 They are scanned, or photographed with one disturbance each, or with several ("all"). MNIST's test
@@ -266,12 +266,10 @@ def load(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=ROOT / "runs" / "model.pt", help="weights of Net")
+    parser.add_argument("--model", default=ROOT / ".assets" / "model.pt", help="weights of Net")
     parser.add_argument("--count", type=int, default=300, help="digits of each kind")
     parser.add_argument("--printed", type=int, default=10_000, help="of MNIST's test digits")
     args = parser.parse_args()
-    if not Path(args.model).is_file():
-        parser.error(f"there is no {args.model}: run the notebook, or name the weights by --model")
     counts = dict.fromkeys((SCAN, *KINDS, ALL), args.count) | {PRINTED: args.printed}
     print("| kind | digits | recognised correctly (%) |\n|---|---|---|")
     with Pool(initializer=load, initargs=(args.model,)) as pool:

@@ -52,11 +52,11 @@ def test_published_files_are_accepted(mnist_root, offline, name):
         pytest.skip(f"{name} is not there")
     train_data, test_data = utils.load_data(name, mnist_root)
     assert (len(train_data), len(test_data)) == (60_000, 10_000)
-    if name == "auto":
-        assert train_data.name == "MNIST" and train_data.classes == list("0123456789")
+    if train_data.name == "MNIST":
+        assert train_data.classes == list("0123456789")
         pixels = train_data.data / 255
-        assert pixels.mean().item() == pytest.approx(utils.MEAN, abs=1e-4)
-        assert pixels.std().item() == pytest.approx(utils.STD, abs=1e-4)
+        scale = pixels.mean().item(), pixels.std().item()
+        assert scale == pytest.approx((utils.MEAN, utils.STD), abs=1e-4)
 
 
 def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path, offline):
@@ -73,14 +73,9 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path, of
 
 @pytest.fixture
 def published(tmp_path, mnist_root):
-    """MNIST's folder, the large file linked, the others copied, to be damaged."""
+    """A copy of MNIST's folder, to be damaged."""
     folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for file in (mnist_root / "MNIST" / "raw").glob("*-ubyte"):
-        if file.name.startswith("train-images"):
-            (folder / file.name).symlink_to(file)
-        else:
-            shutil.copyfile(file, folder / file.name)
+    shutil.copytree(mnist_root / "MNIST" / "raw", folder, copy_function=shutil.copyfile)
     return folder
 
 
@@ -88,11 +83,11 @@ def published(tmp_path, mnist_root):
 def test_damaged_files_are_refused_and_never_replaced(published, tmp_path, mnist_root, name):
     """Flip, cut out or insert bytes in MNIST's files: refused, or the same data all the same."""
     original = utils.load_data("MNIST", mnist_root)
-    files = [file for file in sorted(published.iterdir()) if not file.is_symlink()]
+    files = sorted(published.glob("*-ubyte"))
     generator = random.Random(name)
-    refused, count = 0, int(os.environ.get("FUZZ", 6)) // 2
+    refused, count = 0, int(os.environ.get("FUZZ", 8)) // 2
     for number in range(count):
-        file = files[number % 3]
+        file = files[number % 4]
         content = file.read_bytes()
         file.write_bytes(damage(content, generator))
         try:
@@ -111,16 +106,13 @@ def test_damaged_files_are_refused_and_never_replaced(published, tmp_path, mnist
 
 def test_digits():
     train_data, test_data = utils.load_data("digits")
-    assert (len(train_data), len(test_data)) == (1437, 360)
-    assert len(torch.cat((train_data.data, test_data.data)).unique(dim=0)) == 1797  # none twice
+    images = torch.cat((train_data.data, test_data.data))
+    assert images.shape == (1437 + 360, 28, 28) and images.dtype == torch.uint8
+    assert len(images.unique(dim=0)) == 1797 and len(test_data) == 360  # none twice
+    for side in images.amax(dim=0).nonzero().T:  # rows and columns: a box of 20×20
+        assert (side.min(), side.max()) == (4, 23)
     assert test_data.targets[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
-    for data in (train_data, test_data):
-        assert data.data.dtype == torch.uint8 and data.data.shape[1:] == (28, 28)
-        rows, columns = data.data.amax(dim=0).nonzero().T
-        for side in (rows, columns):  # a box of 20×20
-            assert (side.min(), side.max()) == (4, 23)
-        shares = data.targets.bincount() / len(data)
-        assert len(shares) == 10 and shares.min() > 0.09 and shares.max() < 0.11
+    assert test_data.targets.bincount().min() >= 35  # of ten classes
     train_data.transform = ToTensor()
     images, labels = next(iter(DataLoader(train_data, 5)))
     assert images.shape == (5, 1, 28, 28) and labels.tolist() == train_data.targets[:5].tolist()
@@ -143,11 +135,11 @@ def numbers(images):
     return (pixels.round() @ torch.tensor([256.0, 1.0])).long()
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle, augment", [(True, None), (True, RandomAffine(0)), (False, None)])
 @pytest.mark.parametrize("count, batch_size", [(1, 1), (30, 7), (300, 9), (300, 301), (288, 18)])
-def test_a_pass_yields_each_sample_once(count, batch_size, shuffle):
+def test_a_pass_yields_each_sample_once(count, batch_size, shuffle, augment):
     dataset = numbered(count)
-    loader = BatchLoader(dataset, batch_size, shuffle=shuffle, seed=2**63)
+    loader = BatchLoader(dataset, batch_size, shuffle=shuffle, augment=augment, seed=2**63)
     batches = list(loader)
     assert loader.dataset is dataset and len(loader) == len(batches)
     sizes = [len(labels) for _, labels in batches]
@@ -183,15 +175,6 @@ def test_a_pass_is_a_function_of_seed_and_epoch():
     assert torch.equal(torch.get_rng_state(), state)  # nor does a pass change that
 
 
-def test_augmentation_keeps_images_with_their_labels():
-    dataset = numbered(250)
-    dataset.data[:] = dataset.targets[:, None, None]  # uniform images
-    loader = BatchLoader(dataset, 7, shuffle=True, augment=RandomAffine(30))
-    for images, labels in loader:
-        centre = (images[:, 0, 14, 14] * utils.STD + utils.MEAN) * 255
-        torch.testing.assert_close(centre, labels.float(), atol=1e-3, rtol=0)
-
-
 def test_subset():
     chosen = Subset(Subset(numbered(50), range(10, 50)), [0, 5, 39])
     (images, labels), *rest = BatchLoader(chosen, 10)
@@ -205,16 +188,6 @@ def test_what_would_be_left_out_or_normalised_twice_is_refused(name):
     for data in (dataset, Subset(dataset, [0, 1])):
         with pytest.raises(ValueError, match="expected uint8 images and no transform"):
             BatchLoader(data, 2)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_gpu_and_cpu_see_the_same_batches():
-    train_data, _ = utils.load_data("digits")
-    options = {"shuffle": True, "augment": RandomAffine(10, (0.1, 0.1)), "seed": 3}
-    loaders = [BatchLoader(train_data, 100, device=device, **options) for device in ("cpu", "cuda")]
-    for (images, labels), (gpu_images, gpu_labels) in zip(*loaders, strict=True):
-        assert torch.equal(labels, gpu_labels.cpu())
-        torch.testing.assert_close(images, gpu_images.cpu(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

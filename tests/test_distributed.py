@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import NO_GPU, ROOT
+from conftest import EPOCH, NO_GPU, ROOT, export
 
 sys.path.insert(0, str(ROOT))
 
@@ -23,7 +23,6 @@ from model import Net
 from utils import BatchLoader, RandomAffine, end_distributed, init_distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-SIZES = {"even": (100, 50), "uneven": (97, 64), "a last batch of two": (66, 64)}
 
 
 class FrozenStatistics(Net):
@@ -44,11 +43,11 @@ def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def run(kind, lr, count, batch_size, seed=0):
+def run(kind, lr, seed=0):
     """Train and test; return the metrics, the last gradients and the weights."""
     torch.manual_seed(seed)
     model = kind()
-    loader = BatchLoader(digits(count), batch_size, shuffle=True)
+    loader = BatchLoader(digits(97), 64, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     trained = utils.train(model, "cpu", loader, optimizer, F.nll_loss, verbose=False)
     test_loader = BatchLoader(digits(97), 40)
@@ -73,9 +72,11 @@ def labels(count, batch_size):
 def worker(folder):
     device, rank = init_distributed(), int(os.environ["RANK"])
     assert device == torch.device("cpu") and dist.get_rank() == rank
-    results = {name: run(FrozenStatistics, 0.0, *size, rank) for name, size in SIZES.items()}
-    results["training"] = run(Net, 0.05, 97, 64, rank)
-    results["labels"] = labels(61, 20)
+    results = {
+        "frozen": run(FrozenStatistics, 0.0, rank),
+        "training": run(Net, 0.05, rank),
+        "labels": labels(61, 20),
+    }
     try:
         list(BatchLoader(digits(9), 3, shuffle=True))
     except ValueError as error:
@@ -116,24 +117,21 @@ def ranks(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_gradients_and_metrics_are_those_of_one_process(ranks, name):
-    count, batch_size = SIZES[name]
-    used = count - count % 2  # shards are of equal size: of 97 images one is left out
+def test_gradients_and_metrics_are_those_of_one_process(ranks):
     torch.manual_seed(0)
     model = FrozenStatistics().eval()
-    [(images, targets)] = BatchLoader(digits(count), count, shuffle=True)
-    outputs = model(images[:used])
-    loss = F.nll_loss(outputs, targets[:used]).item()
-    accuracy = 100 * utils.get_correct_pred_count(outputs, targets[:used]) / used
-    start = (used - 1) // batch_size * batch_size  # of the last batch
-    F.nll_loss(model(images[start:used]), targets[start:used]).backward()
+    [(images, targets)] = BatchLoader(digits(97), 97, shuffle=True)
+    images, targets = images[:96], targets[:96]  # shards are of equal size: one is left out
+    outputs = model(images)
+    loss = F.nll_loss(outputs, targets).item()
+    accuracy = 100 * utils.get_correct_pred_count(outputs, targets) / 96
+    F.nll_loss(model(images[64:]), targets[64:]).backward()  # of the last batch
     gradients = flat(weight.grad for weight in model.parameters())
     tested = utils.test(model, "cpu", BatchLoader(digits(97), 97), F.nll_loss)
-    for rank in ranks:
-        assert (rank[name]["gradients"] - gradients).norm() < 1e-5 * gradients.norm()
-        assert rank[name]["metrics"][0] == pytest.approx((loss, accuracy), rel=1e-6)
-        assert rank[name]["metrics"][1] == pytest.approx(tested, rel=1e-6)
+    for result in (rank["frozen"] for rank in ranks):
+        assert (result["gradients"] - gradients).norm() < 1e-5 * gradients.norm()
+        assert result["metrics"][0] == pytest.approx((loss, accuracy), rel=1e-6)
+        assert result["metrics"][1] == pytest.approx(tested, rel=1e-6)
 
 
 def test_shards_make_up_each_batch_and_what_is_not_shuffled_goes_to_all(ranks):
@@ -149,7 +147,7 @@ def test_processes_end_with_the_same_weights_and_metrics(ranks):
     first, second = (rank["training"] for rank in ranks)
     assert first["metrics"][0] == second["metrics"][0]
     assert torch.equal(first["weights"], second["weights"])
-    whole = run(Net, 0.05, 97, 64)
+    whole = run(Net, 0.05)
     off = first["weights"] - whole["weights"]  # batch norm sees half of each batch
     assert 0 < off.norm() < 0.05 * whole["weights"].norm()
 
@@ -166,11 +164,8 @@ def test_no_thread_of_the_group_is_left_to_abort_a_process_at_its_exit(ranks):
         assert "python" in rank["threads"] and "gloo" not in rank["threads"]
 
 
-@pytest.mark.parametrize("world_size", [None, "1"])  # without torchrun, or --nproc-per-node=1
-def test_one_process_initialises_nothing(monkeypatch, world_size):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
+def test_one_process_initialises_nothing(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node=1
     assert init_distributed() == utils.get_device()
     assert not dist.is_initialized()
     end_distributed()
@@ -188,22 +183,6 @@ def test_nccl_in_a_group_of_one_trains_as_without_it(tmp_path):
         utils.train(model, "cuda", loader, optimizer, F.nll_loss)
         end_distributed()  # the second model is trained without a group
     torch.testing.assert_close(*(flat(model.parameters()) for model in models))
-
-
-# --- the exported notebook
-
-EPOCH = re.compile(r"^Epoch +(\d+)/16 train loss .* test loss .* accuracy ([\d.]+) %", re.M)
-
-
-def export(**parameters):
-    """Export the notebook with other parameters as S5.py, as the README says."""
-    values = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
-    Path("runs").mkdir(exist_ok=True)
-    for command in (
-        ["papermill", "--prepare-only", "S5.ipynb", "runs/S5.ipynb", *values],
-        ["nbconvert", "--to", "script", "runs/S5.ipynb", "--output-dir", "."],
-    ):
-        subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
 
 
 def test_a_job_that_was_stopped_goes_on_when_run_again(folder):

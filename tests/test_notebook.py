@@ -1,32 +1,22 @@
 import asyncio
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import nbformat
 import papermill
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import EPOCH, ROOT, export
 from nbclient import NotebookClient
-from nbconvert import PythonExporter
 from PIL import Image, ImageDraw
-from test_data import write_dataset
 
 import utils
 from model import Net
-
-EPOCH = re.compile(
-    r"^Epoch +(\d+)/(\d+) train loss ([\d.]+) accuracy ([\d.]+) %"
-    r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$",
-    re.MULTILINE,
-)
 
 
 def code_cells(notebook):
@@ -68,12 +58,6 @@ def weights():
     return torch.cat([value.flatten().double() for value in state.values()])
 
 
-def export(**parameters):
-    """Export the notebook with other parameters as S5.py."""
-    notebook = papermill.execute_notebook("S5.ipynb", None, parameters, prepare_only=True)
-    Path("S5.py").write_text(PythonExporter().from_notebook_node(notebook)[0])
-
-
 class StopOnce(NotebookClient):
     """Runs a notebook, and interrupts its kernel as soon as it prints that epoch 2 is done."""
 
@@ -88,12 +72,11 @@ class StopOnce(NotebookClient):
 
 def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
     """Once whole, once stopped and its cell run again, once killed, run again as a script."""
-    small = {"DATASET": "digits", "EPOCHS": 12}
+    small = {"DATASET": "digits", "EPOCHS": 20}
     whole = papermill.execute_notebook("S5.ipynb", None, small, progress_bar=False)
-    assert check_run(whole, "digits", 12) > 95
+    assert check_run(whole, "digits", 20) > 95
     epochs, expected = EPOCH.findall(stdout(whole)), weights()
-    for name in re.findall(r'savefig\(f"{RUNS}/(.*)"', "\n".join(c.source for c in whole.cells)):
-        assert Path("runs", name).stat().st_size > 1000
+    assert len(list(Path("runs").glob("*.png"))) == 7
 
     stopped = papermill.execute_notebook("S5.ipynb", None, small, prepare_only=True)
     client = StopOnce(stopped, resources={"metadata": {"path": "."}}, allow_errors=True)
@@ -107,9 +90,7 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
                 client.execute_cell(cell, index)
     resumed = EPOCH.findall(stdout(stopped))
     done = len(epochs) - len(resumed)
-    assert (
-        2 <= done <= len(first) + 1 and first == epochs[: len(first)] and resumed == epochs[done:]
-    )
+    assert 2 <= done <= len(first) + 1 and first + resumed == epochs[: len(first)] + epochs[done:]
     assert f"Resumed after epoch {done}: test accuracy {epochs[done - 1][-1]} %" in stdout(stopped)
     assert torch.equal(weights(), expected)
 
@@ -117,62 +98,23 @@ def test_stopped_or_killed_it_goes_on_as_if_nothing_had_happened(folder):
     command = [sys.executable, "-u", "S5.py"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
-            if line.startswith("Epoch  2/12"):
+            if line.startswith("Epoch  2/20"):
                 run.kill()
                 break
     export(**small, RESUME=True)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = EPOCH.findall(again.stdout)
-    assert 0 < len(lines) <= 10 and lines == epochs[-len(lines) :]
+    assert 0 < len(lines) <= 18 and lines == epochs[-len(lines) :]
     assert torch.equal(weights(), expected)
-    export(**small, RESUME=True, LEARNING_RATE=0.02)
-    other = subprocess.run(command, capture_output=True, text=True)
-    assert other.returncode == 1 and "{'LEARNING_RATE': (0.01, 0.02)}" in other.stderr
 
 
-def test_another_dataset_runs_from_top_to_bottom(folder, capsys):
-    write_dataset(folder / "data", "KMNIST", counts=(300, 100))
-    export(DATASET="KMNIST", EPOCHS=1)
-    plt.close("all")
-    runpy.run_path("S5.py")
-    names = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
-    assert [label.get_text() for label in plt.gca().get_yticklabels()] == names
-    printed = capsys.readouterr().out
-    assert all(f"\n{name}: " in printed for name in names)
-    assert re.search(r"accuracy: [\d.]+ % \(KMNIST, epoch 1\)$", printed, re.MULTILINE)
-
-
-def run_setup(folder, before="", repository=""):
-    """Run the notebook's set-up cell in `folder`, after the code `before`, as a script."""
-    notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
-    source = code_cells(notebook)[0].source.replace('REPO_URL = ""', f"REPO_URL = {repository!r}")
-    source = f"{before}\n{source}\nimport model\nprint(os.path.basename(os.getcwd()))"
-    run = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()[-1]
-
-
-def test_setup_on_colab_asks_for_the_files(tmp_path):
-    stand_in = f"""
-import shutil, sys, types
-colab = sys.modules["google.colab"] = types.ModuleType("google.colab")
-sys.modules["google"] = types.ModuleType("google")
-upload = lambda: [shutil.copy(f"{ROOT}/{{name}}.py", ".") for name in ("model", "utils")]
-colab.files = types.SimpleNamespace(upload=upload)"""
-    assert run_setup(tmp_path, before=stand_in) == tmp_path.name
-
-
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
 def test_setup_clones_the_repository(tmp_path):
-    origin, colab = tmp_path / "origin", tmp_path / "colab"
-    colab.mkdir()
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", "init", "-q", origin], check=True)
-    for name in ("model.py", "utils.py"):
-        shutil.copy(ROOT / name, origin)
-    subprocess.run(["git", "-C", origin, "add", "."], check=True)
-    subprocess.run(["git", "-C", origin, *identity, "commit", "-qm", "helpers"], check=True)
+    source = code_cells(nbformat.read(ROOT / "S5.ipynb", as_version=4))[0].source
+    source = source.replace('REPO_URL = ""', f'REPO_URL = "{ROOT}"') + "\nimport model"
     for _ in range(2):  # the second time as after a restart of the kernel
-        assert run_setup(colab, repository=str(origin)) == "mnist"
+        subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True)
+    assert (tmp_path / "mnist" / "S5.ipynb").exists()
 
 
 # --- what is committed

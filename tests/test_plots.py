@@ -1,12 +1,9 @@
 import warnings
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from nbclient import NotebookClient
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
@@ -55,16 +52,6 @@ def test_a_figure_is_left_open_to_be_saved(name):
     assert plt.get_fignums() == [1, 2] and plt.gcf().get_suptitle() == "it"
 
 
-def test_a_notebook_shows_each_figure_once(monkeypatch):
-    monkeypatch.delenv("MPLBACKEND", raising=False)
-    call = "plot_train_metrics([1], [2], [3], [4])"
-    pictures = {"from utils import plot_train_metrics": 0, call: 1, f"{call}\n{call}": 2}
-    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, pictures)])
-    NotebookClient(notebook, resources={"metadata": {"path": ROOT}}).execute()
-    for cell, count in zip(notebook.cells, pictures.values(), strict=True):
-        assert ["image/png" in output.get("data", {}) for output in cell.outputs] == [True] * count
-
-
 def test_train_metrics():
     loss_axes, accuracy_axes = plot("train_metrics")
     for axes, name, expected in (
@@ -82,22 +69,20 @@ def test_the_accuracys_scale_widens_towards_100_percent(accuracies):
     with warnings.catch_warnings(action="error"):  # such as NumPy's about log(0)
         axes = plot("train_metrics", accuracies, accuracies, accuracies, accuracies)[1]
         plt.gcf().canvas.draw()
-    low, high = axes.get_ylim()
-    assert low < min(accuracies) and high > 100
+    assert axes.get_ylim()[0] < min(accuracies) and axes.get_ylim()[1] > 100
     height = axes.transData.transform([(0, value) for value in (98, 99, 99.5, 99.8)])[:, 1]
     steps = np.diff(height)  # the error is halved twice, then less: the steps are of similar size
     assert 0 < steps.min() and steps.max() < 1.5 * steps.min()
-    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
-    assert 100 in shown and (low > 99.9 or len(shown) > 1)
+    assert 100 in axes.get_yticks()
 
 
 def test_sample_data_is_what_enters_the_model(samples):
     axes, (images, labels) = plot("sample_data"), next(iter(LOADER))
     assert image_titles(axes) == [str(label) for label in labels.tolist()]  # not "7 - seven"
-    shown = [ax.images[0] for ax in axes if ax.images]
-    low, high = images.min(), images.max()
-    np.testing.assert_allclose(shown[5].get_array(), (images[5, 0] - low) / (high - low), atol=1e-6)
-    assert {picture.get_clim() for picture in shown} == {(0, 1)}  # one grey scale
+    low, high = images.min(), images.max()  # one grey scale
+    expected = (images[5, 0] - low) / (high - low)
+    np.testing.assert_allclose(axes[5].images[0].get_array(), expected, atol=1e-6)
+    assert axes[5].images[0].get_clim() == (0, 1)
     assert len(image_titles(plot("sample_data", DataLoader(samples, 64)))) == 24
     colour = torch.rand(5, 3, 32, 30)
     axes = plot("sample_data", [(colour, torch.arange(5))])
