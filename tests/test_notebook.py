@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EPOCH, ROOT, export
