@@ -625,7 +625,7 @@ def plot_prediction(image, probabilities, model_input, classes, *, title=None):
     middle.set(xlabel="what the model sees", xticks=[], yticks=[])
     bars = right.barh(classes, 100 * np.asarray(probabilities))
     right.bar_label(bars, fmt="{:.0f} %", padding=4)
-    right.set(xlabel="probability (%)", xlim=(0, 120))
+    right.set(xlabel="probability (%)", xlim=(0, 120), xticks=range(0, 101, 20))
     right.invert_yaxis()
     fig.suptitle(title)
 

@@ -22,7 +22,8 @@ EPOCH = re.compile(  # a line that the notebook prints
 
 def pytest_collection_modifyitems(items):
     """Begin with the longest, so that no process is left alone with them."""
-    items.sort(key=lambda item: item.path.name not in ("test_notebook.py", "test_distributed.py"))
+    longest = "test_notebook.py", "test_distributed.py", "test_checkpoint.py"
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 @pytest.fixture(scope="session")

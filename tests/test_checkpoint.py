@@ -133,7 +133,7 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     expected.go()
     duration = time.perf_counter() - start
     generator, kills, while_saving, runs = random.Random(0), 0, 0, 0
-    wanted = int(os.environ.get("KILLS", 6))
+    wanted = int(os.environ.get("KILLS", 3))
     while kills < wanted:
         runs += 1
         path, exitcode = tmp_path / f"{runs}.pt", None
