@@ -545,7 +545,7 @@ def _mnist_form(digit):
     scale = max(np.ptp(np.nonzero(digit), axis=1) + 1) / DIGIT_SIDE
     soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
     corner = np.array(ndimage.center_of_mass(soft)) - scale * (IMAGE_SIDE - 1) / 2
-    image = ndimage.affine_transform(soft, [scale] * 2, corner, (IMAGE_SIDE,) * 2, order=1)
+    image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (IMAGE_SIDE,) * 2, order=1)
     return (255 * image / image.max()).round().astype(np.uint8)
 
 
