@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
 import time
 
@@ -156,15 +157,27 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     assert wanted < 50 or while_saving > 0
 
 
-# --- what does not fit
-
-
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     run = Run(tmp_path / "checkpoint.pt")
     run.save(0)
     run.losses.append(np.float32(0.5))
     with pytest.raises(pickle.UnpicklingError, match="numpy"):
         run.save(1)
+    assert run.load() == 0
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    run = Run(tmp_path / "checkpoint.pt")
+    run.save(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a checkpoint is larger
+    try:
+        with pytest.raises(OSError):
+            run.save(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert run.load() == 0
 
 
