@@ -514,7 +514,7 @@ def _find_digit(grey):
         mask = filters.apply_hysteresis_threshold(ink, FAINT * sure, sure)
         if mask.any() and ink[mask].mean() > strictness * max(least, CONTRAST * ink[~mask].std()):
             break
-        sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades; ink is darker
+        sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades; ink is stronger
     else:
         raise ValueError("found no ink in the image: expected a digit on paper")
     # The digit has the most ink in the middle. Of the rest, lines, shadows and other digits reach
@@ -645,7 +645,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)  # or it could never be loaded
+    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # fails now, not later
     with open(f"{path}.new", "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()

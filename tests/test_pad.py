@@ -7,7 +7,6 @@ from nbclient import NotebookClient
 from PIL import Image, ImageDraw
 
 SEVEN = [(60, 60), (210, 60)], [(210, 60), (140, 230)]  # strokes on 320×320 pixels
-SENTENCE = "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
 PAD = """\
 import utils
 from model import Net
