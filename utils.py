@@ -1,13 +1,4 @@
-"""Train, test, data, plot and checkpoint helpers for small image classifiers.
-
-Example:
-
-    train_data, test_data = load_data("MNIST")
-    train_loader = BatchLoader(train_data, 128, shuffle=True, augment=RandomAffine(10))
-    test_loader = BatchLoader(test_data, 1000)
-    loss, accuracy = train(model, "cpu", train_loader, optimizer, F.nll_loss)
-    loss, accuracy = test(model, "cpu", test_loader, F.nll_loss)
-"""
+"""Train, test, data, plot and checkpoint helpers for small image classifiers."""
 
 import base64
 import copy
@@ -19,7 +10,6 @@ import random
 import sys
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,8 +22,8 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology, segmentation
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Subset
-from torchvision import datasets
+from torch.utils.data import BatchSampler, Subset
+from torchvision import datasets, transforms
 from tqdm import tqdm
 
 DIGESTS = {  # SHA-256 of the images and labels of both splits
@@ -98,7 +88,8 @@ def train(
     train_loader: any iterable of batches (data, target), with N integer labels in `target`.
     criterion: returns the mean over the batch or, if its `reduction` is "sum", the sum.
     train_losses, train_acc: lists to which the loss and the accuracy are appended.
-    scheduler: a learning rate scheduler, stepped after each batch.
+    scheduler: one that is stepped after each batch, such as OneCycleLR. Others, such as StepLR or
+        ReduceLROnPlateau, count epochs: call their `step` yourself, after `train`.
     cuda_graph: on one CUDA GPU, record the forward and backward pass and replay it: `CudaGraph`.
     verbose: whether to print the loss and the accuracy.
 
@@ -134,7 +125,8 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, verbose=True):
     """Evaluate `model` and return its mean loss and its accuracy in percent.
 
-    Arguments and errors as for `train`. Of several processes, the first one's result counts.
+    Arguments and errors as for `train`. Each of several processes returns the means over its own
+    batches: give each all samples, as BatchLoader does, and not a DistributedSampler's part.
     """
     model.eval()
     metrics = RunningMetrics(criterion, test_losses, test_acc)
@@ -160,9 +152,9 @@ class RunningMetrics:
     def __init__(self, criterion, losses=None, accuracies=None):
         # Taken now, so that anything that is not a list fails before the pass, not after it.
         self.appends = [([] if x is None else x).append for x in (losses, accuracies)]
-        keywords = getattr(criterion, "keywords", {})  # of a functools.partial
-        reduction = keywords.get("reduction") or getattr(criterion, "reduction", "mean")
-        self.is_sum = reduction == "sum"
+        inner = getattr(criterion, "func", criterion)  # of a functools.partial
+        keywords = getattr(criterion, "keywords", {})
+        self.is_sum = "sum" in (keywords.get("reduction"), getattr(inner, "reduction", None))
         self.sums = None  # a tensor on the device: loss, correct predictions, samples
 
     def update(self, loss, output, target):
@@ -232,6 +224,7 @@ def predict(model, device, loader, temperature=1.0):
         for data, target in loader
     ]
     probabilities, targets = map(torch.cat, zip(*batches, strict=True))
+    _correct(probabilities, targets)  # refuses targets of another shape
     return probabilities.argmax(dim=1), probabilities, targets
 
 
@@ -278,11 +271,6 @@ def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 # --- data
 
 
@@ -308,7 +296,7 @@ def load_data(name="auto", root=None):
         raise ValueError(f"expected 'auto' or one of {names}, got {name!r}")
     dataset = Digits if name == "digits" else getattr(datasets, name)
     if _rank() > 0:
-        _barrier()  # the first process downloads
+        dist.barrier()  # the first process downloads
     folder = root / name / "raw"
     damage = f"the files in '{folder}' are damaged: delete them to download them again"
     try:
@@ -319,13 +307,12 @@ def load_data(name="auto", root=None):
         advice = f"put its four files into '{folder}', or name another folder in DATA_DIR"
         raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
     finally:
-        if _rank() == 0:
-            _barrier()
-    if name in DIGESTS:
-        tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
-        digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
-        if digest != DIGESTS[name]:
-            raise ValueError(damage)
+        if dist.is_initialized() and _rank() == 0:
+            dist.barrier()
+    tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
+    digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
+    if DIGESTS.get(name, digest) != digest or max(data.targets.max() for data in pair) > 9:
+        raise ValueError(damage)
     for data in pair:
         data.name = name
         data.classes = [label.split(" - ")[0] for label in data.classes]  # "7", not "7 - seven"
@@ -367,8 +354,7 @@ class BatchLoader:
     out up to `world_size - 1` samples; any other gives each process everything.
 
     dataset: has `.data`, uint8 of shape (N, H, W), and `.targets`, N integers, and no transform; or
-        is a `Subset` of such a dataset.
-    augment: a `RandomAffine`.
+        is a `Subset` of such a dataset. augment: a `RandomAffine`.
     """
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
@@ -376,14 +362,19 @@ class BatchLoader:
         while isinstance(dataset, Subset):
             indices = torch.as_tensor(dataset.indices)[indices]
             dataset = dataset.dataset
-        images = torch.as_tensor(dataset.data)
-        transforms = [getattr(dataset, f"{name}transform", None) for name in ("", "target_")]
-        if images.dtype != torch.uint8 or any(transforms):
-            raise ValueError("expected uint8 images and no transform: BatchLoader normalises them")
-        self.dataset, self.shuffle, self.augment, self.seed = dataset, shuffle, augment, seed
+        images, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+        is_transformed = [getattr(dataset, f"{name}transform", None) for name in ("", "target_")]
+        form = images.dtype, images.dim(), targets.shape, any(is_transformed)
+        if form != (torch.uint8, 3, images.shape[:1], False):
+            form = f"{images.dtype} {tuple(images.shape)} and {tuple(targets.shape)}"
+            raise ValueError(f"expected uint8 images (N, H, W), N labels, no transform; got {form}")
+        if not isinstance(augment, RandomAffine | None):
+            raise TypeError(f"expected utils.RandomAffine(…), got {augment}")
+        self.batch_size = BatchSampler((), batch_size, False).batch_size  # checked as DataLoader's
+        self.dataset, self.shuffle, self.augment = dataset, shuffle, augment
         self.images = images[indices].unsqueeze(1).to(device)
-        self.targets = torch.as_tensor(dataset.targets)[indices].long().to(device)
-        self.epoch, self.batch_size = 0, batch_size
+        self.targets = targets[indices].long().to(device)
+        self.epoch, self.seed = 0, np.random.SeedSequence(seed).entropy  # which checks it
 
     def __len__(self):
         shard, batch_size = self._shard()
@@ -420,29 +411,25 @@ class BatchLoader:
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
 
-@dataclass
-class RandomAffine:
+class RandomAffine(transforms.RandomAffine):
     """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
 
-    Like torchvision's `RandomAffine`, which draws one set for a whole batch. Images are square.
+    Takes the arguments of torchvision's `RandomAffine`, which draws one set for a whole batch, but
+    no shear along y. Images are square; what comes from outside is 0.
     """
 
-    degrees: float  # largest rotation, in both directions
-    translate: tuple = (0.0, 0.0)  # largest shifts (horizontal, vertical), as fractions of the side
-    scale: tuple = (1.0, 1.0)  # smallest and largest factor
-    shear: float = 0.0  # largest shear along x in degrees, in both directions
+    def __init__(self, degrees, translate=None, scale=None, shear=None):
+        super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
+        self.sample(0)  # a shear along y fails here
 
     def sample(self, count, generator=None):
         """Draw parameters for `count` images: matrices (count, 2, 3) from output to input."""
-
-        def uniform(low, high):
-            return torch.empty(count).uniform_(low, high, generator=generator)
-
         x, y = self.translate
-        angle = uniform(-self.degrees, self.degrees).deg2rad()
-        shift = torch.stack((uniform(-x, x), uniform(-y, y)), dim=1)
-        scale = uniform(*self.scale)
-        tan = uniform(-self.shear, self.shear).deg2rad().tan()
+        angle, right, down, scale, shear = (
+            torch.empty(count).uniform_(*limits, generator=generator)
+            for limits in (self.degrees, (-x, x), (-y, y), self.scale, self.shear)
+        )
+        angle, tan, shift = angle.deg2rad(), shear.deg2rad().tan(), torch.stack((right, down), 1)
         cos, sin = angle.cos(), angle.sin()
         # p moves to scale · R(angle) · X(-shear) · p + shift; F.affine_grid wants the inverse.
         inverse = torch.stack((cos - sin * tan, sin + cos * tan, -sin, cos), dim=1)
@@ -450,39 +437,28 @@ class RandomAffine:
         shift = inverse @ (2 * shift).unsqueeze(2)  # the grid's coordinates run from -1 to 1
         return torch.cat((inverse, -shift), dim=2)
 
-    def __call__(self, images, matrices):
-        """Transform float images (N, C, H, W); what comes from outside an image is 0."""
+    def forward(self, images, matrices):
+        """Transform float images (N, C, H, W)."""
         grid = F.affine_grid(matrices, images.shape, align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
 
 # --- one photo or scan
 
-SEARCH_SIDE = 200  # pixels of the longer side while ink is searched: a pen of 1 % is 2 pixels wide
-PAPER_SIDE, WINDOW = 40, 33  # pixels of a tiny copy, and of a median over most of it: no ink
-FAINT = 0.7  # share of Otsu's threshold that is enough for ink beside surer ink
-GAP = 8  # pixels: strokes that are nearer to each other belong to one digit
-RIVAL, WEIGHT = 0.6, 0.2  # shares of the digit's size and score; above both is a second digit
-LEAST_INK = 0.06  # least difference between ink and paper, as a share of the lightest grey
-CONTRAST = 3  # the same, in standard deviations of the paper
-DIGIT_SIDE, IMAGE_SIDE = 20, 28  # pixels: MNIST's longer side of a digit and of an image
-
 
 def predict_image(model, image, temperature=1.0):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, model_input)`.
 
-    probabilities: float tensor (classes,) on the CPU that sums to 1. model_input: what the model
-        saw, a uint8 array (28, 28), light on dark.
+    probabilities: float tensor (classes,) on the CPU that sums to 1.
+    model_input: what the model saw, a uint8 array (28, 28), light on dark, in MNIST's form: 20
+        pixels large, its centre of mass in the middle (http://yann.lecun.com/exdb/mnist).
 
     model: takes images (1, 1, 28, 28) and gives logits or log-probabilities (1, classes).
-    image: a path or a PIL image; dark on light or light on dark, with some paper around the digit.
+    image: a path, a PIL image, or an array (H, W) or with channels, of any range; dark on light or
+        light on dark, with some paper around the digit.
     temperature: as for `predict`.
 
-    The digit is put into MNIST's form (http://yann.lecun.com/exdb/mnist): 20 pixels large, its
-    centre of mass in the middle of 28×28.
-
-    Raises ValueError if the image contains no ink or several digits, and Pillow's errors if it
-    cannot be read.
+    Raises ValueError if the image cannot be read, or does not show one digit.
     """
     model_input = _mnist_form(_find_digit(_small_grey(image)))
     like = next(model.parameters(), torch.empty(0))  # of the model's dtype, on its device
@@ -493,59 +469,81 @@ def predict_image(model, image, temperature=1.0):
 
 
 def _small_grey(image):
-    """Return a path's or PIL image's greys, upright, its longer side 200 pixels."""
-    if not isinstance(image, Image.Image):
-        image = Image.open(image)
-    image = ImageOps.exif_transpose(image)
+    """Return an image's greys, upright, its longer side 200 pixels, as a PIL image."""
+    if hasattr(image, "__array__"):  # the mean of an array's channels, or its only one
+        image = np.atleast_3d(np.asarray(image, np.float32))
+        image = Image.fromarray(image.mean(axis=np.argmin(image.shape)))
+    try:
+        is_read = isinstance(image, Image.Image)
+        image = ImageOps.exif_transpose(image if is_read else Image.open(image))
+    except Exception as error:  # Pillow raises errors of many types
+        raise ValueError(f"cannot read the image '{image}': {error}") from error
     if image.has_transparency_data:  # on grey, black ink and white ink can both be seen
         image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image.convert("RGBA"))
-    return ImageOps.contain(image.convert("F"), (SEARCH_SIDE, SEARCH_SIDE))
+    return ImageOps.contain(image.convert("F"), (200, 200))
 
 
 def _find_digit(grey):
     """Return the mask (H, W) of the digit in a grey PIL image."""
-    # A median over a large window is the paper without the ink, with its shades and shadows.
-    tiny = grey.resize((PAPER_SIDE, PAPER_SIDE), Image.Resampling.BOX)
-    paper = tiny.filter(ImageFilter.MedianFilter(WINDOW)).resize(grey.size)
-    ink = ndimage.gaussian_filter(np.asarray(paper, float) - np.asarray(grey), 0.7)
-    ink *= np.sign((ink**3).sum())  # ink is far from the paper: now it is positive, dark or light
-    least, sure = LEAST_INK * np.asarray(grey).max(), filters.threshold_otsu(ink)
-    for strictness in (1, 1.5):
-        mask = filters.apply_hysteresis_threshold(ink, FAINT * sure, sure)
-        if mask.any() and ink[mask].mean() > strictness * max(least, CONTRAST * ink[~mask].std()):
-            break
-        sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades; ink is stronger
-    else:
-        raise ValueError("found no ink in the image: expected a digit on paper")
-    # The digit has the most ink in the middle. Of the rest, lines, shadows and other digits reach
-    # the border and go; broken strokes near the digit belong to it.
-    middle = np.outer(*(np.hanning(side + 2)[1:-1] for side in mask.shape))
-    labels = measure.label(mask)
-    scores = np.bincount(labels[mask], middle[mask])
-    mask = (labels == scores.argmax()) | segmentation.clear_border(mask)
-    labels = measure.label(morphology.isotropic_dilation(mask, GAP / 2)) * mask
-    scores = np.bincount(labels[mask], middle[mask])
-    parts = measure.regionprops(labels)
-    digit = parts[scores.argmax() - 1]
-    inner = np.array(digit.bbox) * (1, 1, -1, -1)
-    rivals = [
-        part
-        for part in parts
-        if max(part.image.shape) > RIVAL * max(digit.image.shape)
-        and scores[part.label] > WEIGHT * scores.max()
-        and not (np.array(part.bbox) * (1, 1, -1, -1) < inner).all()  # a frame
-    ]
-    if len(rivals) > 1:  # the digit is one of them
-        raise ValueError("found several digits in the image: expected one; cut the image to it")
-    return mask & (labels == scores.argmax())
+    middle = np.outer(*(np.hanning(side + 2)[1:-1] for side in grey.size[::-1]))
+    for mask in _ink_masks(grey, middle):
+        labels = measure.label(mask)
+        inside = segmentation.clear_border(labels)
+        scores = np.bincount(labels.flat, (middle * mask).flat)
+        parts = sorted(measure.regionprops(labels), key=lambda part: -scores[part.label])
+        for digit in (part for part in parts if _may_be_digit(part, inside)):  # the most central
+            for part in parts:
+                beside = part.bbox[3] <= digit.bbox[1] or part.bbox[1] >= digit.bbox[3]
+                tall = len(part.image) > 0.6 * len(digit.image)
+                central = scores[part.label] > 0.2 * scores[digit.label]
+                if beside and tall and central and part.label in inside:
+                    raise ValueError("found several digits in the image: cut it to one of them")
+            # Broken strokes belong to it if they are less than 8 pixels away.
+            mask = (inside > 0) | (labels == digit.label)
+            labels = measure.label(morphology.isotropic_dilation(mask, 4)) * mask
+            return labels == labels[tuple(digit.coords[0])]
+    raise ValueError("found no digit in the image: expected one, with some paper around it")
+
+
+def _ink_masks(grey, middle):
+    """Yield masks of what may be ink: more and more strictly, and at last two greys alone."""
+    # A median over most of a tiny copy is the paper without the ink, with its shades and shadows.
+    tiny = grey.resize((40, 40), Image.Resampling.BOX)
+    paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
+    grey = np.asarray(grey)
+    ink = ndimage.gaussian_filter(np.asarray(paper, float) - grey, 0.7)
+    ink *= np.sign((middle * ink**3).sum())  # far from the paper: now it is positive, dark or light
+    least, sure = 0.06 * grey.max(), filters.threshold_otsu(ink)
+    for strictness in (1, 1.5, 1.5):
+        mask = filters.apply_hysteresis_threshold(ink, 0.7 * sure, sure)  # faint beside surer ink
+        if mask.any() and ink[mask].mean() > strictness * max(least, 3 * ink[~mask].std()):
+            yield mask
+        sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades or lines
+    # A digit cut out by its bounding box leaves the median no paper, but touches all four sides.
+    dark = grey < filters.threshold_otsu(grey)
+    for part in measure.regionprops(measure.label(dark.astype(int), background=-1)):
+        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]
+        if part.image.shape == grey.shape and corners.sum() < 3 and np.ptp(grey) > least:
+            if np.corrcoef(dark.flat, grey.flat)[0, 1] < -0.9:  # hardly more than two greys
+                yield part.image
+
+
+def _may_be_digit(part, inside):
+    """Return whether a part of the ink is no speck, line, grid, blob or shadow from the border."""
+    (height, width), side = part.image.shape, max(part.image.shape)
+    if side < 8 or width > 3 * height or part.euler_number < -2:
+        return False
+    thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
+    is_whole = part.label in inside or part.image.shape == inside.shape
+    return thickness * part.solidity < 0.3 * side and (is_whole or part.solidity < 0.7)
 
 
 def _mnist_form(digit):
     """Scale a digit's mask to 20 pixels, its centre of mass in the middle of uint8 (28, 28)."""
-    scale = max(np.ptp(np.nonzero(digit), axis=1) + 1) / DIGIT_SIDE
+    scale = max(np.ptp(np.nonzero(digit), axis=1) + 1) / 20
     soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
-    corner = np.array(ndimage.center_of_mass(soft)) - scale * (IMAGE_SIDE - 1) / 2
-    image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (IMAGE_SIDE,) * 2, order=1)
+    corner = np.array(ndimage.center_of_mass(soft)) - scale * 27 / 2
+    image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (28, 28), order=1)
     return (255 * image / image.max()).round().astype(np.uint8)
 
 
@@ -553,10 +551,7 @@ def _mnist_form(digit):
 
 
 def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=None):
-    """Plot loss and accuracy (percent) by epoch, train against test.
-
-    The scale of the accuracy widens towards 100 %: it is nearly that of the error's logarithm.
-    """
+    """Plot loss and accuracy (percent) by epoch, train against test."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     rows = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
     for name, losses, accuracies in rows:
@@ -564,7 +559,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, accuracies, ".-", label=f"{name} {accuracies[-1]:.2f} %")
     low, high = 100.1 - 1.1 * (100.1 - min(*train_acc, *test_acc)), 100.02
-    right.set_ylim(low, high)
+    right.set_ylim(low, high)  # on a scale that widens towards 100 %: nearly the error's logarithm
     widen, narrow = lambda acc: -np.log(100.1 - acc), lambda y: 100.1 - np.exp(-y)
     right.set_yscale("function", functions=(widen, narrow))
     ticks = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100)
@@ -596,9 +591,11 @@ def plot_images(images, titles, *, title=None):
 
 def plot_sample_data(data_loader, *, title=None):
     """Plot up to 24 images of the first batch, as the model sees them, with their labels."""
-    images, labels = next(iter(data_loader))
-    classes = getattr(getattr(data_loader, "dataset", 0), "classes", range(labels.max() + 1))
-    plot_images(images, [classes[label] for label in labels], title=title)
+    with torch.random.fork_rng(devices=[]):  # a DataLoader would draw from the run's numbers
+        images, labels = next(iter(data_loader))
+    labels = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    names = dict(enumerate(getattr(getattr(data_loader, "dataset", 0), "classes", ())))
+    plot_images(images, [names.get(label, label) for label in labels], title=title)
 
 
 def plot_misclassified(images, predictions, probabilities, targets, classes, *, title=None):
@@ -660,7 +657,8 @@ def load_checkpoint(path, hyperparameters, **state):
 
     Raises ValueError if the file is damaged, or belongs to a run with other hyperparameters.
     """
-    _barrier()  # until the first process has written it
+    if dist.is_initialized():
+        dist.barrier()  # until the first process has written it
     file = io.BytesIO(Path(path).read_bytes())
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -706,7 +704,7 @@ function render({ model, el }) {
   canvas.onlostpointercapture = send;
   button.onclick = () => clear(320, 320);
   file.onchange = async () => {
-    const photo = await createImageBitmap(file.files[0]);
+    const photo = await createImageBitmap(file.files[0]).catch(() => alert("This is no image."));
     const scale = 320 / Math.max(photo.width, photo.height);
     clear(scale * photo.width, scale * photo.height);
     pen.drawImage(photo, 0, 0, canvas.width, canvas.height);

@@ -38,4 +38,4 @@ def test_the_pad_answers_with_a_picture_or_says_why_it_does_not():
     shown = [[output.get("data") for output in cell.outputs] for cell in notebook.cells]
     assert "application/vnd.jupyter.widget-view+json" in shown[0][0]
     assert "image/png" in shown[2][0]["text/plain"]
-    assert "found no ink in the image" in shown[4][0]["text/plain"]
+    assert "found no digit in the image" in shown[4][0]["text/plain"]

@@ -145,7 +145,7 @@ def test_what_shows_no_digit_is_refused(five, tmp_path):
     slope = np.tile(np.arange(200, dtype=np.uint8), (150, 1))
     blank = Image.new("L", (90, 80)), Image.new("L", (90, 80), "white"), Image.new("LA", (90, 80))
     for image in (*blank, Image.fromarray(noise), Image.fromarray(slope)):
-        with pytest.raises(ValueError, match="found no ink"):
+        with pytest.raises(ValueError, match="found no digit"):
             predict_image(Same(), image)
     with pytest.raises(ValueError, match="several digits"):
         predict_image(Same(), Image.fromarray(np.hstack([five, five])))
