@@ -420,7 +420,8 @@ class RandomAffine(transforms.RandomAffine):
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
-        self.sample(0)  # a shear along y fails here
+        if len(self.shear) > 2:
+            raise ValueError(f"expected a shear along x alone, got {shear}")
 
     def sample(self, count, generator=None):
         """Draw parameters for `count` images: matrices (count, 2, 3) from output to input."""
@@ -453,10 +454,9 @@ def predict_image(model, image, temperature=1.0):
     model_input: what the model saw, a uint8 array (28, 28), light on dark, in MNIST's form: 20
         pixels large, its centre of mass in the middle (http://yann.lecun.com/exdb/mnist).
 
-    model: takes images (1, 1, 28, 28) and gives logits or log-probabilities (1, classes).
+    model: gives logits or log-probabilities (1, classes). temperature: as for `predict`.
     image: a path, a PIL image, or an array (H, W) or with channels, of any range; dark on light or
         light on dark, with some paper around the digit.
-    temperature: as for `predict`.
 
     Raises ValueError if the image cannot be read, or does not show one digit.
     """
@@ -521,11 +521,12 @@ def _ink_masks(grey, middle):
         sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades or lines
     # A digit cut out by its bounding box leaves the median no paper, but touches all four sides.
     dark = grey < filters.threshold_otsu(grey)
-    for part in measure.regionprops(measure.label(dark.astype(int), background=-1)):
-        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]
-        if part.image.shape == grey.shape and corners.sum() < 3 and np.ptp(grey) > least:
-            if np.corrcoef(dark.flat, grey.flat)[0, 1] < -0.9:  # hardly more than two greys
-                yield part.image
+    labels = measure.label(dark.astype(int), background=-1)
+    if np.ptp(grey) > least and np.corrcoef(dark.flat, grey.flat)[0, 1] < -0.85:  # black and white
+        for part in measure.regionprops(labels):
+            corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]
+            if np.subtract(grey.shape, part.image.shape).max() < 3 and corners.sum() < 3:
+                yield labels == part.label
 
 
 def _may_be_digit(part, inside):
@@ -534,8 +535,9 @@ def _may_be_digit(part, inside):
     if side < 8 or width > 3 * height or part.euler_number < -2:
         return False
     thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
-    is_whole = part.label in inside or part.image.shape == inside.shape
-    return thickness * part.solidity < 0.3 * side and (is_whole or part.solidity < 0.7)
+    cut_out = np.subtract(inside.shape, part.image.shape).max() < 3
+    is_whole = cut_out or part.label in inside or part.solidity < 0.7
+    return is_whole and thickness * part.solidity < (0.5 if cut_out else 0.3) * side
 
 
 def _mnist_form(digit):
@@ -603,9 +605,9 @@ def plot_misclassified(images, predictions, probabilities, targets, classes, *, 
 
     images: of shape (N, H, W), in the order of the other three, which `predict` returned.
     """
-    confidences = probabilities.max(dim=1).values
+    confidences = torch.as_tensor(probabilities).max(dim=1).values
     order = confidences.argsort(descending=True)
-    wrong = order[(predictions != targets)[order]][:24]
+    wrong = order[torch.as_tensor(predictions != targets)[order]][:24]
     titles = [
         f"{classes[targets[i]]} → {classes[predictions[i]]}, {100 * confidences[i]:.0f} %"
         for i in wrong

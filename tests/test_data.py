@@ -1,6 +1,9 @@
 import os
 import random
 import shutil
+import socketserver
+import threading
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 from conftest import damage
 from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode, ToTensor
 from torchvision.transforms.v2.functional import affine
 
@@ -69,6 +73,34 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path, of
         utils.load_data("KMNIST", tmp_path)
     with pytest.raises(ValueError, match="'MNIST'.*got 'mnist'"):
         utils.load_data("mnist")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 503 Busy\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nlog in"]
+)
+def test_whatever_a_server_answers(tmp_path, monkeypatch, answer):
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        mirror = f"http://127.0.0.1:{server.server_address[1]}/"
+        monkeypatch.setattr(utils.datasets.MNIST, "mirrors", [mirror])
+        with pytest.raises(RuntimeError, match="cannot download MNIST: put its four files into"):
+            utils.load_data("MNIST", tmp_path)
+        with pytest.warns(UserWarning, match="'digits' INSTEAD OF MNIST"):
+            assert utils.load_data("auto", tmp_path)[0].name == "digits"
+        server.shutdown()
+
+
+def test_labels_of_no_class_are_damage(tmp_path, offline):
+    write_dataset(tmp_path, "KMNIST")
+    write_idx(tmp_path / "KMNIST" / "raw" / "t10k-labels-idx1-ubyte", np.full(20, 77, np.uint8))
+    with pytest.raises(ValueError, match="are damaged"):
+        utils.load_data("KMNIST", tmp_path)
 
 
 @pytest.fixture
@@ -164,7 +196,8 @@ def test_a_pass_is_a_function_of_seed_and_epoch():
     loader = augmented()
     epochs = [images_of_a_pass(loader) for _ in range(3)]
     assert not torch.equal(epochs[0], epochs[1])
-    next(iter(loader))  # changes nothing for a run that sets the epoch
+    parts = [torch.cat([labels for _, labels in islice(loader, 2)]) for _ in range(2)]
+    assert not torch.equal(*parts)  # though these passes were broken off
     torch.manual_seed(1)
     state = torch.get_rng_state()
     for resumed in (loader, augmented()):
@@ -175,19 +208,43 @@ def test_a_pass_is_a_function_of_seed_and_epoch():
     assert torch.equal(torch.get_rng_state(), state)  # nor does a pass change that
 
 
-def test_subset():
-    chosen = Subset(Subset(numbered(50), range(10, 50)), [0, 5, 39])
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
+def test_subset(kind):
+    chosen = Subset(Subset(numbered(50), range(10, 50)), kind([0, 5, 39]))
     (images, labels), *rest = BatchLoader(chosen, 10)
     assert labels.tolist() == numbers(images).tolist() == [10, 15, 49] and not rest
 
 
-@pytest.mark.parametrize("name", ["transform", "target_transform", "data"])
-def test_what_would_be_left_out_or_normalised_twice_is_refused(name):
+IMAGES = numbered(5).data
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("transform", ToTensor()), ("target_transform", int), ("data", IMAGES.float())]
+    + [("data", IMAGES[:, None]), ("targets", range(4)), ("targets", torch.zeros(5, 1))],
+)
+def test_what_would_be_left_out_or_normalised_twice_is_refused(name, value):
     dataset = numbered(5)
-    setattr(dataset, name, dataset.data.float() if name == "data" else ToTensor())
+    setattr(dataset, name, value)
     for data in (dataset, Subset(dataset, [0, 1])):
-        with pytest.raises(ValueError, match="expected uint8 images and no transform"):
+        with pytest.raises(ValueError, match="expected uint8 images .* N labels, no transform"):
             BatchLoader(data, 2)
+
+
+def test_wrong_arguments_fail_where_they_are_given():
+    for batch_size in (0, -1, 12.5, None):
+        with pytest.raises(ValueError, match=f"positive integer value, .*batch_size={batch_size}"):
+            BatchLoader(numbered(5), batch_size)
+    with pytest.raises(TypeError, match="expected utils.RandomAffine.*, got RandomAffine"):
+        BatchLoader(numbered(5), 2, augment=transforms.RandomAffine(7))
+    with pytest.raises(ValueError, match="non-negative"):
+        BatchLoader(numbered(5), 2, seed=-1)
+    for wrong in ({"degrees": -7}, {"translate": 0.1}, {"scale": (0, 1)}, {"shear": (0, 1, 0, 1)}):
+        with pytest.raises((TypeError, ValueError)):
+            RandomAffine(**{"degrees": 7, **wrong})
+    both = [RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))]
+    same = [affine.sample(9, torch.Generator().manual_seed(0)) for affine in both]
+    assert torch.equal(*same)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,10 @@ def test_sample_data_is_what_enters_the_model(samples):
     assert image_titles(axes) == list("01234")
     expected = (colour - colour.min()) / (colour.max() - colour.min())
     np.testing.assert_allclose(axes[4].images[0].get_array(), expected[4].movedim(0, 2), atol=1e-6)
+    assert image_titles(plot("sample_data", [(colour[:2], ("cat", "dog"))])) == ["cat", "dog"]
+    state = torch.get_rng_state()
+    plot("sample_data", DataLoader(samples, 64, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_most_confident_mistakes_come_first():
@@ -99,6 +103,8 @@ def test_the_most_confident_mistakes_come_first():
     ]
     shown = axes[0].images[0].get_array()
     assert np.corrcoef(shown.ravel(), DATA.data[20].ravel())[0, 1] > 0.999
+    arrays = [np.asarray(value) for value in INPUT["misclassified"][:4]]
+    assert image_titles(plot("misclassified", *arrays, DATA.classes)) == image_titles(axes)
     others = INPUT["misclassified"][2:]
     axes = plot("misclassified", DATA.data[:30], (TARGETS + 1) % 10, *others)
     assert len(image_titles(axes)) == 24

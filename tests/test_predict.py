@@ -20,6 +20,8 @@ def test_predict_is_in_the_loaders_order(linear, samples):
     assert torch.equal(predictions, expected.argmax(dim=1))
     assert torch.equal(targets, samples.tensors[1])
     assert not linear.training and not probabilities.requires_grad
+    with pytest.raises(ValueError, match=r"expected 2 class numbers, got \(2, 1\)"):
+        predict(linear, "cpu", [(samples.tensors[0][:2], torch.zeros(2, 1))])
 
 
 def test_a_temperature_changes_the_probabilities_alone(linear, samples):
@@ -61,6 +63,17 @@ def test_mnists_digits_are_recognised(net, mnist_root):
     assert correct >= 49
 
 
+def test_digits_cut_out_by_their_bounding_box_are_recognised(net, mnist_root):
+    train_data, _ = utils.load_data("MNIST", mnist_root)
+    correct = 0
+    for image, label in zip(train_data.data[:50].numpy(), train_data.targets, strict=False):
+        large = np.asarray(Image.fromarray(image).resize((280, 280), Image.Resampling.BICUBIC))
+        rows, columns = (large > 127).nonzero()
+        cut = 255 - large[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        correct += handwriting.recognise(net, cut) == label
+    assert correct >= 47
+
+
 def sheet(points, width, side):
     """A square sheet of paper with strokes of dark ink, whose points are given in 0 to 1."""
     strokes = [np.array(stroke, float) * side for stroke in points]
@@ -76,6 +89,9 @@ def test_neither_a_frame_nor_a_finger_at_the_border_is_the_digit(net):
     photo = sheet(SEVEN, 8, 400)
     ImageDraw.Draw(photo).ellipse([-70, 120, 50, 280], fill=60)
     assert predict_image(net, photo)[0] == 7
+    far = Image.new("L", (1200, 900), 240)
+    far.paste(sheet(SEVEN, 4, 100), (500, 300))  # 60 pixels high
+    assert predict_image(net, far)[0] == 7
 
 
 # --- predict_image: what it takes and returns
@@ -122,6 +138,9 @@ def variants(five, folder):
         clear.paste(ink, mask=five.point(lambda value: 2 * max(0, 195 - value)))
         yield clear
     yield ImageOps.invert(five)  # light on dark
+    array = np.array(five)
+    yield from (array, array / 255, array > 150, (array > 150).astype(int), np.dstack([array] * 3))
+    yield from (torch.from_numpy(array), torch.from_numpy(array[None] / 255 - 0.5))
     yield five.resize((2000, 3000))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90° clockwise
@@ -140,16 +159,27 @@ def test_all_kinds_of_images_give_the_same(five, tmp_path):
         assert np.corrcoef(expected.ravel(), model_input.ravel())[0, 1] > 0.9, image
 
 
+def hand():
+    """A sheet with the soft shadow of a hand, from the border to the middle."""
+    shadow = handwriting.draw((300, 300), [np.array([[400.0, 380.0], [150, 130]])], 70)
+    return handwriting.to_image(0.9 - 0.3 * handwriting.ndimage.gaussian_filter(shadow, 3))
+
+
 def test_what_shows_no_digit_is_refused(five, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (100, 100), dtype=np.uint8)
     slope = np.tile(np.arange(200, dtype=np.uint8), (150, 1))
+    ruled = sheet([[(-1, y), (2, y + 0.05)] for y in (0.2, 0.4, 0.6, 0.8)], 2, 300)
     blank = Image.new("L", (90, 80)), Image.new("L", (90, 80), "white"), Image.new("LA", (90, 80))
-    for image in (*blank, Image.fromarray(noise), Image.fromarray(slope)):
+    tiny = np.eye(2), noise[:1], noise[:, :1], noise[:1, :1]
+    for image in (*blank, *tiny, noise, slope, ruled, hand(), sheet([[(0.5, 0.5)] * 2], 30, 300)):
         with pytest.raises(ValueError, match="found no digit"):
             predict_image(Same(), image)
-    with pytest.raises(ValueError, match="several digits"):
-        predict_image(Same(), Image.fromarray(np.hstack([five, five])))
-    path = tmp_path / "it.png"
-    path.write_text("text")
-    with pytest.raises(Image.UnidentifiedImageError, match="it.png'"):
-        predict_image(Same(), path)
+    ones = [[(x, 0.3), (x, 0.7)] for x in (0.45, 0.55)]
+    for image in (np.hstack([five, five]), sheet(ones, 8, 200)):  # 12 pixels apart
+        with pytest.raises(ValueError, match="several digits"):
+            predict_image(Same(), image)
+    five.save(tmp_path / "it.jpg")
+    for content in (b"text", (tmp_path / "it.jpg").read_bytes()[:2000]):
+        (tmp_path / "it.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match="cannot read the image '.*it.jpg': "):
+            predict_image(Same(), tmp_path / "it.jpg")

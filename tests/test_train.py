@@ -20,6 +20,7 @@ CRITERIA = [
     nn.CrossEntropyLoss(),
     nn.NLLLoss(reduction="sum"),
     partial(F.nll_loss, reduction="sum"),
+    partial(nn.NLLLoss(reduction="sum")),
 ]
 both = pytest.mark.parametrize("function", ["train", "test"])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
