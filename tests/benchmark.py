@@ -56,9 +56,7 @@ def ours(data, device, seed, epochs):
     loader = BatchLoader(data, 128, device=device, shuffle=True, augment=augment, seed=seed)
     model = Net().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.01, total_steps=epochs * len(loader)
-    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, epochs * len(loader))
     return model, loader, optimizer, nn.CrossEntropyLoss(label_smoothing=0.1), scheduler
 
 
@@ -122,16 +120,9 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     if timed_epochs == epochs:
         test_loader = BatchLoader(test_data, 1000, device=device)
         _, accuracy = test(model, device, test_loader, criterion, verbose=False)
-    return {
-        "name": name,
-        "epochs": epochs,
-        "seed": seed,
-        "timed_epochs": timed_epochs,
-        "train_loss": loss,
-        "accuracy": accuracy,
-        "seconds": seconds * epochs / timed_epochs,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    job = {"name": name, "epochs": epochs, "seed": seed, "timed_epochs": timed_epochs}
+    figures = {"train_loss": loss, "accuracy": accuracy, "seconds": seconds * epochs / timed_epochs}
+    return {**job, **figures, "parameters": sum(weight.numel() for weight in model.parameters())}
 
 
 # --- all runs
@@ -180,21 +171,15 @@ def from_elsewhere(path, results):
     return [run for run in runs if (run["name"], run["epochs"]) not in known]
 
 
-def mean_and_deviation(values):
-    """Return "mean ± standard deviation", or the mean alone where there is one value."""
-    text = f"{statistics.mean(values):.2f}"
-    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
-
-
 def table(rows):
     """Return the comparison as a Markdown table, with a note on how to read it."""
-    lines = [
-        "| recipe | parameters | epochs | runs | test accuracy (%) | training (s) | speedup |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names = "recipe, parameters, epochs, runs, test accuracy (%), training (s), speedup".split(", ")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     example = next((row for row in rows if row["name"] == EXAMPLE), None)
     for row in rows:
-        accuracy = mean_and_deviation(row["accuracies"]) if row["accuracies"] else "–"
+        accuracies = row["accuracies"]
+        accuracy = f"{statistics.mean(accuracies):.2f}" if accuracies else "–"
+        accuracy += f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
         seconds, speedup = f"{row['seconds']:,.1f}" if row["timed_epochs"] else "–", "–"
         if 0 < row["timed_epochs"] < row["epochs"]:
             seconds = f"≈ {row['seconds']:,.0f}"

@@ -255,24 +255,23 @@ def is_correct(kind, index):
     return recognise(net, image) == digit
 
 
-def load(path):
+def load():
     """Load the weights and the test digits, once in each process."""
     global net, test_data
     torch.set_num_threads(1)
     test_data = load_data("MNIST")[1]
     net = Net().eval()
-    net.load_state_dict(torch.load(path, map_location="cpu"))
+    net.load_state_dict(torch.load(ROOT / ".assets" / "model.pt", "cpu"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=ROOT / ".assets" / "model.pt", help="weights of Net")
     parser.add_argument("--count", type=int, default=300, help="digits of each kind")
     parser.add_argument("--printed", type=int, default=10_000, help="of MNIST's test digits")
     args = parser.parse_args()
     counts = dict.fromkeys((SCAN, *KINDS, ALL), args.count) | {PRINTED: args.printed}
     print("| kind | digits | recognised correctly (%) |\n|---|---|---|")
-    with Pool(initializer=load, initargs=(args.model,)) as pool:
+    with Pool(initializer=load) as pool:
         for kind, count in counts.items():
             jobs = [(kind, index) for index in range(count)]
             correct = sum(pool.starmap(is_correct, jobs, chunksize=10))

@@ -48,6 +48,10 @@ def test_a_set_is_read_from_disk(tmp_path, monkeypatch, offline, data_dir, place
         assert data.name == "KMNIST" and data.data.shape == (count, 28, 28)
         assert data.data.dtype == torch.uint8 and data.classes[:2] == ["o", "ki"]
         assert torch.equal(data.targets, torch.arange(count) % 10)
+    labels = tmp_path / place / "KMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    write_idx(labels, np.full(20, 77, np.uint8))  # no class
+    with pytest.raises(ValueError, match="are damaged"):
+        utils.load_data("KMNIST")
 
 
 @pytest.mark.parametrize("name", ["auto", "FashionMNIST"])
@@ -75,32 +79,22 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path, of
         utils.load_data("mnist")
 
 
-@pytest.mark.parametrize(
-    "answer", [b"", b"HTTP/1.1 503 Busy\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nlog in"]
-)
+@pytest.mark.parametrize("answer", ["", "503 Busy", "200 OK\r\n\r\nPlease log in"])
 def test_whatever_a_server_answers(tmp_path, monkeypatch, answer):
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
             self.rfile.readline()
-            self.wfile.write(answer)
+            self.wfile.write(f"HTTP/1.1 {answer}\r\n\r\n".encode())
 
-    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        mirror = f"http://127.0.0.1:{server.server_address[1]}/"
-        monkeypatch.setattr(utils.datasets.MNIST, "mirrors", [mirror])
-        with pytest.raises(RuntimeError, match="cannot download MNIST: put its four files into"):
-            utils.load_data("MNIST", tmp_path)
-        with pytest.warns(UserWarning, match="'digits' INSTEAD OF MNIST"):
-            assert utils.load_data("auto", tmp_path)[0].name == "digits"
-        server.shutdown()
-
-
-def test_labels_of_no_class_are_damage(tmp_path, offline):
-    write_dataset(tmp_path, "KMNIST")
-    write_idx(tmp_path / "KMNIST" / "raw" / "t10k-labels-idx1-ubyte", np.full(20, 77, np.uint8))
-    with pytest.raises(ValueError, match="are damaged"):
-        utils.load_data("KMNIST", tmp_path)
+    server = socketserver.TCPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    mirrors = [f"http://127.0.0.1:{server.server_address[1]}/"]
+    monkeypatch.setattr(utils.datasets.MNIST, "mirrors", mirrors)
+    with pytest.raises(RuntimeError, match="cannot download MNIST: put its four files into"):
+        utils.load_data("MNIST", tmp_path)
+    with pytest.warns(UserWarning, match="'digits' INSTEAD OF MNIST"):
+        assert utils.load_data("auto", tmp_path)[0].name == "digits"
 
 
 @pytest.fixture
@@ -215,13 +209,10 @@ def test_subset(kind):
     assert labels.tolist() == numbers(images).tolist() == [10, 15, 49] and not rest
 
 
-IMAGES = numbered(5).data
-
-
 @pytest.mark.parametrize(
     "name, value",
-    [("transform", ToTensor()), ("target_transform", int), ("data", IMAGES.float())]
-    + [("data", IMAGES[:, None]), ("targets", range(4)), ("targets", torch.zeros(5, 1))],
+    [("transform", ToTensor()), ("target_transform", int), ("data", torch.zeros(5, 28, 28))]
+    + [("data", numbered(5).data[None]), ("targets", range(4)), ("targets", torch.zeros(5, 1))],
 )
 def test_what_would_be_left_out_or_normalised_twice_is_refused(name, value):
     dataset = numbered(5)
@@ -242,9 +233,8 @@ def test_wrong_arguments_fail_where_they_are_given():
     for wrong in ({"degrees": -7}, {"translate": 0.1}, {"scale": (0, 1)}, {"shear": (0, 1, 0, 1)}):
         with pytest.raises((TypeError, ValueError)):
             RandomAffine(**{"degrees": 7, **wrong})
-    both = [RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))]
-    same = [affine.sample(9, torch.Generator().manual_seed(0)) for affine in both]
-    assert torch.equal(*same)
+    forms = RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))
+    assert torch.equal(*(form.sample(9, torch.Generator().manual_seed(0)) for form in forms))
 
 
 @pytest.mark.parametrize(

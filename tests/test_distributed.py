@@ -51,11 +51,8 @@ def run(kind, lr, seed=0):
     trained = utils.train(model, "cpu", loader, optimizer, F.nll_loss, verbose=False)
     test_loader = BatchLoader(digits(97), 40)
     tested = utils.test(model, "cpu", test_loader, nn.NLLLoss(reduction="sum"), verbose=False)
-    return {
-        "metrics": (trained, tested),
-        "gradients": flat(weight.grad for weight in model.parameters()),
-        "weights": flat(model.parameters()),
-    }
+    gradients, weights = flat(each.grad for each in model.parameters()), flat(model.parameters())
+    return {"metrics": (trained, tested), "gradients": gradients, "weights": weights}
 
 
 def labels(count, batch_size):
@@ -71,11 +68,8 @@ def labels(count, batch_size):
 def worker(folder):
     device, rank = init_distributed(), int(os.environ["RANK"])
     assert device == torch.device("cpu") and dist.get_rank() == rank
-    results = {
-        "frozen": run(FrozenStatistics, 0.0, rank),
-        "training": run(Net, 0.05, rank),
-        "labels": labels(61, 20),
-    }
+    results = {"frozen": run(FrozenStatistics, 0.0, rank), "training": run(Net, 0.05, rank)}
+    results["labels"] = labels(61, 20)
     try:
         list(BatchLoader(digits(9), 3, shuffle=True))
     except ValueError as error:
@@ -186,13 +180,8 @@ def test_nccl_in_a_group_of_one_trains_as_without_it(tmp_path):
 
 def test_the_exported_notebook_trains_in_two_processes(folder):
     export(DATASET="digits", EPOCHS=6)
-    run = subprocess.run(
-        [*TORCHRUN, "--local-ranks-filter=0", "S5.py"],
-        env={**os.environ, **NO_GPU},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    options = {"env": {**os.environ, **NO_GPU}, "capture_output": True, "text": True}
+    run = subprocess.run([*TORCHRUN, "--local-ranks-filter=0", "S5.py"], **options, timeout=180)
     assert run.returncode == 0, run.stderr
     lines = EPOCH.findall(run.stdout)
     assert [int(epoch) for epoch, *_ in lines] == list(range(1, 7))

@@ -122,8 +122,6 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     accuracy = check_run(notebook, "MNIST", parameters["EPOCHS"])
     readme = (ROOT / "README.md").read_text()
     assert f"{accuracy:.2f} %" in readme and f"{parameters['EPOCHS']} epochs" in readme
-    count = sum(parameter.numel() for parameter in Net().parameters())
-    assert f"{count:,} parameters" in readme
 
 
 def test_committed_weights_are_as_good_as_the_readme_says(mnist_root):
@@ -146,7 +144,8 @@ def test_readme_examples_run(folder, capsys):
     with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST
         exec(example, {})
     printed = capsys.readouterr().out
-    assert re.fullmatch(r"train: loss .* %\ntest: loss .*, accuracy ([89]\d|100)\.\d+ %\n", printed)
+    epochs = r"(train: loss .* %\ntest: loss .*, accuracy ([89]\d|100)\.\d+ %\n){2}"
+    assert re.fullmatch(epochs, printed)
 
 
 def test_utils_does_not_import_model():

@@ -1,13 +1,10 @@
 import copy
 from functools import partial
 
-import nbformat
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT
-from nbclient import NotebookClient
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
@@ -154,24 +151,12 @@ def test_a_cuda_graph_changes_no_weight_and_is_ignored_on_the_cpu(samples, devic
     assert metrics == graph[0] and torch.equal(weights, graph[1])
 
 
-# --- what is shown
-
-TESTING = """
-import torch, utils
-loader = [(torch.zeros(4, 2).log_softmax(1), torch.zeros(4).long())] * 20
-utils.test(torch.nn.Identity(), "cpu", loader, torch.nn.functional.nll_loss)
-"""
-
-
-def test_in_a_notebook_a_bar_is_shown_if_someone_can_see_it():
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TESTING)])
-    client = NotebookClient(notebook, resources={"metadata": {"path": ROOT}})
-    with client.setup_kernel():
-        for someone in (True, False):  # or papermill, which cannot answer input()
-            client.kc.allow_stdin = someone
-            client.execute_cell(notebook.cells[0], 0)
-            shown = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
-            assert ("test:   0%" in shown) == someone and "test: loss 0.6931" in shown
+@pytest.mark.parametrize("someone", [True, False])
+def test_a_bar_is_shown_if_someone_can_see_it(linear, samples, monkeypatch, capsys, someone):
+    monkeypatch.setattr(utils, "is_interactive", lambda: someone)
+    test(linear, "cpu", DataLoader(samples, 50), F.nll_loss)
+    printed = capsys.readouterr().out
+    assert ("test:   0%" in printed) == someone and "test: loss" in printed
 
 
 # --- what is refused
