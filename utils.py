@@ -706,7 +706,7 @@ function render({ model, el }) {
   canvas.onlostpointercapture = send;
   button.onclick = () => clear(320, 320);
   file.onchange = async () => {
-    const photo = await createImageBitmap(file.files[0]).catch(() => alert("This is no image."));
+    const photo = await createImageBitmap(file.files[0]).catch(() => alert("Not a valid image"));
     const scale = 320 / Math.max(photo.width, photo.height);
     clear(scale * photo.width, scale * photo.height);
     pen.drawImage(photo, 0, 0, canvas.width, canvas.height);
