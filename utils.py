@@ -125,8 +125,8 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, verbose=True):
     """Evaluate `model` and return its mean loss and its accuracy in percent.
 
-    Arguments and errors as for `train`. Each of several processes returns the means over its own
-    batches: give each all samples, as BatchLoader does, and not a DistributedSampler's part.
+    Arguments and errors as for `train`. If there are several processes, each returns the means over
+    its own batches: give it the whole test set, as a BatchLoader does that does not shuffle.
     """
     model.eval()
     metrics = RunningMetrics(criterion, test_losses, test_acc)
@@ -152,9 +152,9 @@ class RunningMetrics:
     def __init__(self, criterion, losses=None, accuracies=None):
         # Taken now, so that anything that is not a list fails before the pass, not after it.
         self.appends = [([] if x is None else x).append for x in (losses, accuracies)]
-        inner = getattr(criterion, "func", criterion)  # of a functools.partial
-        keywords = getattr(criterion, "keywords", {})
-        self.is_sum = "sum" in (keywords.get("reduction"), getattr(inner, "reduction", None))
+        parts = criterion, getattr(criterion, "func", None)  # of a functools.partial
+        reductions = [getattr(part, "reduction", None) for part in parts]
+        self.is_sum = "sum" in (getattr(criterion, "keywords", {}).get("reduction"), *reductions)
         self.sums = None  # a tensor on the device: loss, correct predictions, samples
 
     def update(self, loss, output, target):
@@ -267,10 +267,6 @@ def end_distributed():
             sys.exit()
 
 
-def _rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 # --- data
 
 
@@ -295,7 +291,7 @@ def load_data(name="auto", root=None):
     if name not in names:
         raise ValueError(f"expected 'auto' or one of {names}, got {name!r}")
     dataset = Digits if name == "digits" else getattr(datasets, name)
-    if _rank() > 0:
+    if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()  # the first process downloads
     folder = root / name / "raw"
     damage = f"the files in '{folder}' are damaged: delete them to download them again"
@@ -307,7 +303,7 @@ def load_data(name="auto", root=None):
         advice = f"put its four files into '{folder}', or name another folder in DATA_DIR"
         raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
     finally:
-        if dist.is_initialized() and _rank() == 0:
+        if dist.is_initialized() and dist.get_rank() == 0:
             dist.barrier()
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
     digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
@@ -354,7 +350,8 @@ class BatchLoader:
     out up to `world_size - 1` samples; any other gives each process everything.
 
     dataset: has `.data`, uint8 of shape (N, H, W), and `.targets`, N integers, and no transform; or
-        is a `Subset` of such a dataset. augment: a `RandomAffine`.
+        is a `Subset` of such a dataset.
+    augment: a `RandomAffine`.
     """
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
@@ -363,10 +360,10 @@ class BatchLoader:
             indices = torch.as_tensor(dataset.indices)[indices]
             dataset = dataset.dataset
         images, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-        is_transformed = [getattr(dataset, f"{name}transform", None) for name in ("", "target_")]
-        form = images.dtype, images.dim(), targets.shape, any(is_transformed)
+        transform = [getattr(dataset, f"{name}transform", None) for name in ("", "target_")]
+        form = images.dtype, images.dim(), targets.shape, any(transform)
         if form != (torch.uint8, 3, images.shape[:1], False):
-            form = f"{images.dtype} {tuple(images.shape)} and {tuple(targets.shape)}"
+            form = f"{images.dtype} {tuple(images.shape)}, {tuple(targets.shape)}, {transform}"
             raise ValueError(f"expected uint8 images (N, H, W), N labels, no transform; got {form}")
         if not isinstance(augment, RandomAffine | None):
             raise TypeError(f"expected utils.RandomAffine(…), got {augment}")
@@ -374,7 +371,7 @@ class BatchLoader:
         self.dataset, self.shuffle, self.augment = dataset, shuffle, augment
         self.images = images[indices].unsqueeze(1).to(device)
         self.targets = targets[indices].long().to(device)
-        self.epoch, self.seed = 0, np.random.SeedSequence(seed).entropy  # which checks it
+        self.epoch, self.seed = 0, np.random.SeedSequence((seed, 0)).entropy[0]  # checks it
 
     def __len__(self):
         shard, batch_size = self._shard()
@@ -414,14 +411,14 @@ class BatchLoader:
 class RandomAffine(transforms.RandomAffine):
     """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
 
-    Takes the arguments of torchvision's `RandomAffine`, which draws one set for a whole batch, but
-    no shear along y. Images are square; what comes from outside is 0.
+    Arguments as for torchvision's `RandomAffine`, which draws one set for a whole batch, but shear
+    is along x only. Images are square; what comes from outside is 0.
     """
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
         if len(self.shear) > 2:
-            raise ValueError(f"expected a shear along x alone, got {shear}")
+            raise ValueError(f"expected a shear along x only, got {shear}")
 
     def sample(self, count, generator=None):
         """Draw parameters for `count` images: matrices (count, 2, 3) from output to input."""
@@ -451,12 +448,11 @@ def predict_image(model, image, temperature=1.0):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, model_input)`.
 
     probabilities: float tensor (classes,) on the CPU that sums to 1.
-    model_input: what the model saw, a uint8 array (28, 28), light on dark, in MNIST's form: 20
-        pixels large, its centre of mass in the middle (http://yann.lecun.com/exdb/mnist).
-
+    model_input: what the model saw, a uint8 array (28, 28), light on dark, in MNIST's form: scaled
+        to 20 pixels, its centre of mass in the middle (http://yann.lecun.com/exdb/mnist).
     model: gives logits or log-probabilities (1, classes). temperature: as for `predict`.
-    image: a path, a PIL image, or an array (H, W) or with channels, of any range; dark on light or
-        light on dark, with some paper around the digit.
+    image: a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), whose channels are
+        averaged; dark on light or light on dark, with some paper around the digit.
 
     Raises ValueError if the image cannot be read, or does not show one digit.
     """
@@ -470,8 +466,8 @@ def predict_image(model, image, temperature=1.0):
 
 def _small_grey(image):
     """Return an image's greys, upright, its longer side 200 pixels, as a PIL image."""
-    if hasattr(image, "__array__"):  # the mean of an array's channels, or its only one
-        image = np.atleast_3d(np.asarray(image, np.float32))
+    if isinstance(image, np.ndarray | torch.Tensor):
+        image = np.atleast_3d(np.asarray(image, np.float32).squeeze())
         image = Image.fromarray(image.mean(axis=np.argmin(image.shape)))
     try:
         is_read = isinstance(image, Image.Image)
@@ -489,31 +485,32 @@ def _find_digit(grey):
     for mask in _ink_masks(grey, middle):
         labels = measure.label(mask)
         inside = segmentation.clear_border(labels)
-        scores = np.bincount(labels.flat, (middle * mask).flat)
-        parts = sorted(measure.regionprops(labels), key=lambda part: -scores[part.label])
+        score = np.bincount(labels.flat, (middle * mask).flat)
+        parts = sorted(measure.regionprops(labels), key=lambda part: -score[part.label])
         for digit in (part for part in parts if _may_be_digit(part, inside)):  # the most central
-            for part in parts:
-                beside = part.bbox[3] <= digit.bbox[1] or part.bbox[1] >= digit.bbox[3]
-                tall = len(part.image) > 0.6 * len(digit.image)
-                central = scores[part.label] > 0.2 * scores[digit.label]
-                if beside and tall and central and part.label in inside:
-                    raise ValueError("found several digits in the image: cut it to one of them")
-            # Broken strokes belong to it if they are less than 8 pixels away.
             mask = (inside > 0) | (labels == digit.label)
-            labels = measure.label(morphology.isotropic_dilation(mask, 4)) * mask
-            return labels == labels[tuple(digit.coords[0])]
+            near = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # 8 pixels away
+            near = near == near[tuple(digit.coords[0])]
+            for part in parts:  # a stroke that is near belongs to it, unless beside it as tall
+                beside = part.bbox[3] <= digit.bbox[1] or part.bbox[1] >= digit.bbox[3]
+                above = part.bbox[2] <= digit.bbox[0] or part.bbox[0] >= digit.bbox[2]
+                joined, tall = near[tuple(part.coords[0])], len(part.image) / len(digit.image)
+                rival = beside and 0.8 < tall < 1.25 if joined else (beside or above) and tall > 0.6
+                if rival and part.label in inside and score[part.label] > 0.2 * score[digit.label]:
+                    raise ValueError("found several digits in the image: crop it to one of them")
+            return near
     raise ValueError("found no digit in the image: expected one, with some paper around it")
 
 
 def _ink_masks(grey, middle):
-    """Yield masks of what may be ink: more and more strictly, and at last two greys alone."""
+    """Yield masks of what may be ink, more and more strictly; at last those of dark and light."""
     # A median over most of a tiny copy is the paper without the ink, with its shades and shadows.
     tiny = grey.resize((40, 40), Image.Resampling.BOX)
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     grey = np.asarray(grey)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - grey, 0.7)
     ink *= np.sign((middle * ink**3).sum())  # far from the paper: now it is positive, dark or light
-    least, sure = 0.06 * grey.max(), filters.threshold_otsu(ink)
+    least, sure = 0.06 * np.abs(grey).max(), filters.threshold_otsu(ink)
     for strictness in (1, 1.5, 1.5):
         mask = filters.apply_hysteresis_threshold(ink, 0.7 * sure, sure)  # faint beside surer ink
         if mask.any() and ink[mask].mean() > strictness * max(least, 3 * ink[~mask].std()):
@@ -530,7 +527,7 @@ def _ink_masks(grey, middle):
 
 
 def _may_be_digit(part, inside):
-    """Return whether a part of the ink is no speck, line, grid, blob or shadow from the border."""
+    """Return whether a part of the ink is not a speck, line, grid, blob or shadow."""
     (height, width), side = part.image.shape, max(part.image.shape)
     if side < 8 or width > 3 * height or part.euler_number < -2:
         return False
@@ -595,7 +592,7 @@ def plot_sample_data(data_loader, *, title=None):
     """Plot up to 24 images of the first batch, as the model sees them, with their labels."""
     with torch.random.fork_rng(devices=[]):  # a DataLoader would draw from the run's numbers
         images, labels = next(iter(data_loader))
-    labels = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    labels = labels.reshape(len(images)).tolist() if isinstance(labels, torch.Tensor) else labels
     names = dict(enumerate(getattr(getattr(data_loader, "dataset", 0), "classes", ())))
     plot_images(images, [names.get(label, label) for label in labels], title=title)
 
@@ -607,7 +604,7 @@ def plot_misclassified(images, predictions, probabilities, targets, classes, *, 
     """
     confidences = torch.as_tensor(probabilities).max(dim=1).values
     order = confidences.argsort(descending=True)
-    wrong = order[torch.as_tensor(predictions != targets)[order]][:24]
+    wrong = order[(torch.as_tensor(predictions) != torch.as_tensor(targets))[order]][:24]
     titles = [
         f"{classes[targets[i]]} → {classes[predictions[i]]}, {100 * confidences[i]:.0f} %"
         for i in wrong
@@ -616,7 +613,7 @@ def plot_misclassified(images, predictions, probabilities, targets, classes, *, 
 
 
 def plot_prediction(image, probabilities, model_input, classes, *, title=None):
-    """Plot a path's or PIL image, what the model saw of it, and the probability of each class."""
+    """Plot an image, what the model saw of it, and the probability of each class."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     left.imshow(np.asarray(_small_grey(image)), cmap="gray")  # upright, as it is read
     middle.imshow(model_input, cmap="gray", vmin=0, vmax=255)
@@ -638,18 +635,21 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     hyperparameters: a dictionary of numbers and strings by which the run is recognised.
     state: by name, what has a `state_dict()` (model, optimizer, scheduler), and lists.
     """
-    if _rank() > 0:
+    if dist.is_initialized() and dist.get_rank() > 0:
         return
     parts = {k: v if isinstance(v, list) else v.state_dict() for k, v in state.items()}
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # fails now, not later
-    with open(f"{path}.new", "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)  # at once, or not at all
+    try:
+        with open(f"{path}.new", "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.new", path)  # at once, or not at all
+    finally:
+        Path(f"{path}.new").unlink(missing_ok=True)  # if the disk is full
 
 
 def load_checkpoint(path, hyperparameters, **state):

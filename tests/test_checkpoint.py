@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert run.load() == 0
+    assert run.load() == 0 and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_another_run_is_refused_by_name_and_nothing_is_restored(finished):

@@ -102,7 +102,7 @@ def test_the_most_confident_mistakes_come_first():
     ]
     shown = axes[0].images[0].get_array()
     assert np.corrcoef(shown.ravel(), DATA.data[20].ravel())[0, 1] > 0.999
-    arrays = [np.asarray(value) for value in INPUT["misclassified"][:4]]
+    arrays = DATA.data[:30].numpy(), PREDICTIONS, PROBABILITIES.numpy(), TARGETS.numpy()
     assert image_titles(plot("misclassified", *arrays, DATA.classes)) == image_titles(axes)
     others = INPUT["misclassified"][2:]
     axes = plot("misclassified", DATA.data[:30], (TARGETS + 1) % 10, *others)

@@ -23,15 +23,8 @@ def test_predict_is_in_the_loaders_order(linear, samples):
     assert not linear.training and not probabilities.requires_grad
     with pytest.raises(ValueError, match=r"expected 2 class numbers, got \(2, 1\)"):
         predict(linear, "cpu", [(samples.tensors[0][:2], torch.zeros(2, 1))])
-
-
-def test_a_temperature_changes_the_probabilities_alone(linear, samples):
-    loader = DataLoader(samples, 64)
-    predictions, probabilities, _ = predict(linear, "cpu", loader)
-    sharp_predictions, sharp, _ = predict(linear[:2], "cpu", loader, temperature=0.5)  # of logits
-    assert torch.equal(predictions, sharp_predictions)
-    expected = probabilities**2
-    torch.testing.assert_close(sharp, expected / expected.sum(dim=1, keepdim=True))
+    _, sharp, _ = predict(linear[:2], "cpu", DataLoader(samples, 64), temperature=0.5)  # of logits
+    torch.testing.assert_close(sharp, expected**2 / (expected**2).sum(dim=1, keepdim=True))
 
 
 # --- predict_image: what it recognises
@@ -83,10 +76,20 @@ def test_neither_a_frame_nor_a_finger_at_the_border_is_the_digit(net):
     assert predict_image(net, sheet(SEVEN + FRAME, 8, 280))[0] == 7
     photo = sheet(SEVEN, 8, 400)
     ImageDraw.Draw(photo).ellipse([-70, 120, 50, 280], fill=60)
+    ImageDraw.Draw(photo).line([385, 120, 385, 290], fill=30, width=8)
     assert predict_image(net, photo)[0] == 7
-    far = Image.new("L", (1200, 900), 240)
-    far.paste(sheet(SEVEN, 4, 100), (500, 300))  # 60 pixels high
-    assert predict_image(net, far)[0] == 7
+    broken = [(0.3, 0.25), (0.66, 0.25)], [(0.7, 0.27), (0.45, 0.8)]
+    assert predict_image(net, sheet(broken, 8, 280))[0] == 7
+    fat = sheet(SEVEN, 80, 280)
+    assert predict_image(net, fat.crop(ImageOps.invert(fat).getbbox()))[0] == 7
+
+
+def test_shades_and_lines_are_not_the_digit(net):
+    correct = 0
+    for index in (12, 43, 140, 150, 229, 236):
+        image = handwriting.photo(index % 10, np.random.default_rng((index, *b"all")), "all")
+        correct += handwriting.recognise(net, image) == index % 10
+    assert correct >= 5
 
 
 # --- predict_image: what it takes and returns
@@ -157,16 +160,19 @@ def test_all_kinds_of_images_give_the_same(five, tmp_path):
 def test_what_shows_no_digit_is_refused(five, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (100, 100), dtype=np.uint8)
     slope = np.tile(np.arange(200, dtype=np.uint8), (150, 1))
-    ruled = sheet([[(-1, y), (2, y + 0.05)] for y in (0.2, 0.4, 0.6, 0.8)], 2, 300)
     blank = Image.new("L", (90, 80)), Image.new("L", (90, 80), "white"), Image.new("LA", (90, 80))
     tiny = np.eye(2), noise[:1], noise[:, :1], noise[:1, :1]
     hand = ndimage.gaussian_filter(sheet([[(1.3, 1.3), (0.5, 0.4)]], 70, 300), 3)
-    dot = sheet([[(0.5, 0.5), (0.5, 0.5)]], 30, 300)
-    for image in (*blank, *tiny, noise, slope, ruled, hand, dot):
+    lines = [[(-1, y), (2, y + 0.05)] for y in (0.2, 0.4, 0.6, 0.8)]
+    squares = lines + [[(x, -1), (x, 2)] for x in (0.2, 0.4, 0.6, 0.8)]
+    hair, dot, margin = [[(0.5, 0.5), (0.5, 0.52)]], [[(0.5, 0.5)] * 2], [[(0.6, -1), (0.6, 2)]]
+    marks = (lines, 2), (squares, 2), (hair, 2), (dot, 30), (margin, 4)
+    sheets = [sheet(*strokes_and_width, 300) for strokes_and_width in marks]
+    for image in (*blank, *tiny, noise, slope, hand, *sheets):
         with pytest.raises(ValueError, match="found no digit"):
             predict_image(Same(), image)
-    ones = [[(x, 0.3), (x, 0.7)] for x in (0.45, 0.55)]
-    for image in (np.hstack([five, five]), sheet(ones, 8, 200)):  # 12 pixels apart
+    ones = sheet([[(x, 0.3), (x, 0.7)] for x in (0.46, 0.54)], 8, 200)  # 8 pixels apart
+    for image in (np.hstack([five, five]), np.vstack([five, five]), ones):
         with pytest.raises(ValueError, match="several digits"):
             predict_image(Same(), image)
     five.save(tmp_path / "it.jpg")

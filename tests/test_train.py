@@ -81,9 +81,6 @@ def test_metrics_stay_exact_over_many_batches():
     assert loss == pytest.approx(-output[0, 0].item(), rel=1e-9)
 
 
-# --- the loop
-
-
 def test_train_is_the_textbook_loop(linear, samples):
     def shuffled():
         return DataLoader(samples, 100, shuffle=True, generator=torch.Generator().manual_seed(5))
