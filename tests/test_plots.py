@@ -84,7 +84,7 @@ def test_sample_data_is_what_enters_the_model(samples):
     assert axes[5].images[0].get_clim() == (0, 1)
     assert len(image_titles(plot("sample_data", DataLoader(samples, 64)))) == 24
     colour = torch.rand(5, 3, 32, 30)
-    axes = plot("sample_data", [(colour, torch.arange(5))])
+    axes = plot("sample_data", [(colour, torch.arange(5)[:, None])])
     assert image_titles(axes) == list("01234")
     expected = (colour - colour.min()) / (colour.max() - colour.min())
     np.testing.assert_allclose(axes[4].images[0].get_array(), expected[4].movedim(0, 2), atol=1e-6)
