@@ -489,7 +489,7 @@ def _find_digit(grey):
         parts = sorted(measure.regionprops(labels), key=lambda part: -score[part.label])
         for digit in (part for part in parts if _may_be_digit(part, inside)):  # the most central
             mask = (inside > 0) | (labels == digit.label)
-            near = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # 8 pixels away
+            near = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # within 8 pixels
             near = near == near[tuple(digit.coords[0])]
             for part in parts:  # a stroke that is near belongs to it, unless beside it as tall
                 beside = part.bbox[3] <= digit.bbox[1] or part.bbox[1] >= digit.bbox[3]
