@@ -357,7 +357,7 @@ class BatchLoader:
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
         indices = slice(None)
         while isinstance(dataset, Subset):
-            indices = torch.as_tensor(dataset.indices)[indices]
+            indices = torch.as_tensor(dataset.indices, dtype=torch.long)[indices]
             dataset = dataset.dataset
         images, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         transform = [getattr(dataset, f"{name}transform", None) for name in ("", "target_")]
@@ -411,8 +411,8 @@ class BatchLoader:
 class RandomAffine(transforms.RandomAffine):
     """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
 
-    Arguments as for torchvision's `RandomAffine`, which draws one set for a whole batch, but shear
-    is along x only. Images are square; what comes from outside is 0.
+    The arguments are the first four of torchvision's `RandomAffine`, which draws one set for a
+    whole batch. Shear is along x only. Images are square; what comes from outside is 0.
     """
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
@@ -466,13 +466,13 @@ def predict_image(model, image, temperature=1.0):
 
 def _small_grey(image):
     """Return an image's greys, upright, its longer side 200 pixels, as a PIL image."""
-    if isinstance(image, np.ndarray | torch.Tensor):
-        image = np.atleast_3d(np.asarray(image, np.float32).squeeze())
-        image = Image.fromarray(image.mean(axis=np.argmin(image.shape)))
     try:
+        if isinstance(image, np.ndarray | torch.Tensor):
+            image = np.atleast_3d(np.asarray(image, np.float32).squeeze())
+            image = Image.fromarray(image.mean(axis=np.argmin(image.shape)))
         is_read = isinstance(image, Image.Image)
         image = ImageOps.exif_transpose(image if is_read else Image.open(image))
-    except Exception as error:  # Pillow raises errors of many types
+    except Exception as error:  # Pillow's are of many types
         raise ValueError(f"cannot read the image '{image}': {error}") from error
     if image.has_transparency_data:  # on grey, black ink and white ink can both be seen
         image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image.convert("RGBA"))
@@ -534,7 +534,7 @@ def _may_be_digit(part, inside):
     thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
     cut_out = np.subtract(inside.shape, part.image.shape).max() < 3
     is_whole = cut_out or part.label in inside or part.solidity < 0.7
-    return is_whole and thickness * part.solidity < (0.5 if cut_out else 0.3) * side
+    return is_whole and thickness * part.solidity < (0.5 if cut_out else 0.35) * side
 
 
 def _mnist_form(digit):
