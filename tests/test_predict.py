@@ -161,7 +161,7 @@ def test_what_shows_no_digit_is_refused(five, tmp_path):
     slope = np.tile(np.arange(200, dtype=np.uint8), (150, 1))
     blank = Image.new("L", (90, 80)), Image.new("L", (90, 80), "white"), Image.new("LA", (90, 80))
     tiny = np.eye(2), noise[:1], noise[:, :1], noise[:1, :1]
-    hand = ndimage.gaussian_filter(sheet([[(1.3, 1.3), (0.5, 0.4)]], 70, 300), 3)
+    hand = ndimage.gaussian_filter(sheet([[(1.3, 1.3), (0.5, 0.4)]], 100, 300), 3)
     lines = [[(-1, y), (2, y + 0.05)] for y in (0.2, 0.4, 0.6, 0.8)]
     squares = lines + [[(x, -1), (x, 2)] for x in (0.2, 0.4, 0.6, 0.8)]
     hair, dot, margin = [[(0.5, 0.5), (0.5, 0.52)]], [[(0.5, 0.5)] * 2], [[(0.6, -1), (0.6, 2)]]
