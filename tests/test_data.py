@@ -207,6 +207,7 @@ def test_subset(kind):
     chosen = Subset(Subset(numbered(50), range(10, 50)), kind([0, 5, 39]))
     (images, labels), *rest = BatchLoader(chosen, 10)
     assert labels.tolist() == numbers(images).tolist() == [10, 15, 49] and not rest
+    assert list(BatchLoader(Subset(numbered(5), kind([])), 2)) == []
 
 
 @pytest.mark.parametrize(
