@@ -126,7 +126,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     """Evaluate `model` and return its mean loss and its accuracy in percent.
 
     Arguments and errors as for `train`. If there are several processes, each returns the means over
-    its own batches: give it the whole test set, as a BatchLoader does that does not shuffle.
+    its own batches: give it the whole test set, as a BatchLoader without `shuffle` does.
     """
     model.eval()
     metrics = RunningMetrics(criterion, test_losses, test_acc)
