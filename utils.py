@@ -106,18 +106,17 @@ def train(
         output = model(data)
         loss = criterion(output, target)
         loss.backward()
-        return loss.detach(), output.detach()
+        metrics.update(loss.detach(), output.detach(), target)
 
     if cuda_graph and is_cuda and not dist.is_initialized():
         forward_backward = CudaGraph(forward_backward)
     for data, target in progress_bar(train_loader, "train"):
         data = data.to(device, non_blocking=is_cuda)
         target = target.to(device, non_blocking=is_cuda)
-        loss, output = forward_backward(data, target)
+        forward_backward(data, target)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        metrics.update(loss, output, target)
     return metrics.finish("train", verbose, all_processes=True)
 
 
@@ -165,7 +164,9 @@ class RunningMetrics:
         wide = torch.float64 if output.device.type in ("cpu", "cuda") else torch.float32
         loss = loss.to(wide) * (1 if self.is_sum else len(target))
         sums = torch.stack((loss, correct.to(wide), count.to(wide)))
-        self.sums = sums if self.sums is None else self.sums + sums
+        if self.sums is None:
+            self.sums = torch.zeros_like(sums)
+        self.sums += sums  # in place, so that a CUDA graph can replay it
 
     def finish(self, name, verbose, all_processes=False):
         """Return the loss and the accuracy in percent, append each to its list, and print both."""
@@ -185,7 +186,7 @@ class RunningMetrics:
 
 
 class CudaGraph:
-    """A function of tensors that runs as a CUDA graph: one launch for all its kernels.
+    """A function of tensors, without a result, that runs as a CUDA graph: one launch in all.
 
     The first batch of a new shape runs as usual, the second is recorded, the others are replayed.
     The function must do the same for every batch and must not wait for the device.
@@ -203,11 +204,10 @@ class CudaGraph:
             self.graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream(inputs[0].device)
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
+                self.function(*self.inputs)
         for static, tensor in zip(self.inputs, inputs, strict=True):
             static.copy_(tensor)
         self.graph.replay()
-        return self.outputs
 
 
 @torch.no_grad()
