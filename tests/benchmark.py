@@ -209,7 +209,7 @@ def plot(rows):
                 deviation = statistics.stdev(errors) if len(errors) > 1 else 0
                 points.append((row["seconds"], statistics.mean(errors), deviation))
                 text = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
-                axes.annotate(text, points[-1][:2], xytext=(6, 6), textcoords="offset points")
+                axes.annotate(text, points[-1][:2], (5, 8), textcoords="offset points", size=8)
         if points:
             seconds, errors, deviations = zip(*sorted(points), strict=True)
             axes.errorbar(seconds, errors, deviations, fmt="o-", capsize=3, label=name)
@@ -275,7 +275,7 @@ def main():
     for machine in {run["machine"] for run in results["runs"] if "machine" in run}:
         print(f"Accuracies without a time, or with an estimated one, are from {machine}.")
     plot(rows)
-    plt.savefig(path.with_suffix(".png"))
+    plt.savefig(path.with_suffix(".png"), dpi=200)
 
 
 if __name__ == "__main__":
