@@ -186,7 +186,7 @@ class RunningMetrics:
 
 
 class CudaGraph:
-    """A function of tensors, without a result, that runs as a CUDA graph: one launch in all.
+    """A function of tensors, which returns nothing, as a CUDA graph: one launch for each batch.
 
     The first batch of a new shape runs as usual, the second is recorded, the others are replayed.
     The function must do the same for every batch and must not wait for the device.

@@ -5,12 +5,12 @@
 
 Each run is a process of its own, and the recipes take turns, so that a slow minute of the machine
 hits all of them alike. A run trains on all 60,000 images and reads the test set once, at its end.
-Seconds are those of loading and training, without imports, decoding and evaluation.
+Seconds are those of the training loop, without imports, reading and copying data, and evaluation.
 
 Results are saved after each run, in runs/benchmark.json; start an interrupted benchmark again and
-it continues from there. --add takes such a file of another dataset, or of another machine for the
-accuracies of recipes that are only timed here. At the end it prints a Markdown table and draws
-runs/benchmark.png. The README's tables and figure come from copies in .assets/.
+it continues from there. --add takes other such files: of another dataset, for rows of their own, or
+of another machine, for the accuracies of recipes that are only timed here. At the end it prints a
+Markdown table and draws runs/benchmark.png. The README's come from copies in .assets/.
 """
 
 import argparse
@@ -44,7 +44,7 @@ EPOCHS = 15  # the notebook's default
 OURS = "this repository"
 EXAMPLE = "PyTorch's basic example"
 CLASSIC = "the classic notebook"
-WORKERS = {"num_workers": 4, "pin_memory": True} if torch.cuda.is_available() else {}  # the fastest
+WORKERS = {"num_workers": 4, "pin_memory": True} if torch.cuda.is_available() else {}
 NOTE = (  # on how to read the table
     "Accuracy is the mean ± standard deviation of the runs, training time their median. "
     "≈ is the time of one epoch times the number of epochs; – is not measured. "
@@ -167,11 +167,11 @@ def summarise(results):
 
 
 def from_elsewhere(path, results):
-    """Return the runs of another machine or dataset, of recipes whose accuracy is not known."""
+    """Return the runs of another dataset or machine whose accuracies `results` does not have."""
     other = json.loads(path.read_text())
     suffix = "" if other["data"] == results["data"] else f" on {other['data']}"
     known = {(run["name"], run["epochs"]) for run in results["runs"] if run["accuracy"] is not None}
-    is_here = other["machine"] == results["machine"]
+    is_here = all(other[key] == results[key] for key in ("machine", "code"))
     changes = {} if is_here else {"machine": other["machine"], "timed_epochs": 0}
     runs = [{**run, "name": run["name"] + suffix, **changes} for run in other["runs"]]
     return [run for run in runs if (run["name"], run["epochs"]) not in known]
@@ -181,7 +181,7 @@ def table(rows):
     """Return the comparison as a Markdown table."""
     names = "recipe, parameters, epochs, runs, test accuracy (%), training (s), speedup".split(", ")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    example = next((row for row in rows if row["name"] == EXAMPLE), None)
+    example = [row["seconds"] for row in rows if row["name"] == EXAMPLE and row["timed_epochs"]]
     for row in rows:
         accuracies = row["accuracies"]
         accuracy = f"{statistics.mean(accuracies):.2f}" if accuracies else "–"
@@ -190,7 +190,8 @@ def table(rows):
         if 0 < row["timed_epochs"] < row["epochs"]:
             seconds = f"≈ {row['seconds']:,.0f}"
         if example and row["timed_epochs"] > 0 and row["name"] in (OURS, *REFERENCES):
-            speedup = f"{example['seconds'] / row['seconds']:.1f}"
+            ratio = example[0] / row["seconds"]
+            speedup = f"{ratio:.{1 if ratio < 10 else 0}f}"
         lines.append(
             f"| {row['name']} | {row['parameters']:,} | {row['epochs']} | {row['runs']} "
             f"| {accuracy} | {seconds} | {speedup} |"

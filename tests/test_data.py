@@ -239,8 +239,7 @@ def test_wrong_arguments_fail_where_they_are_given():
 
 
 @pytest.mark.parametrize(
-    "degrees, translate, scale, shear",
-    [(30, (0, 0), (1, 1), 0), (180, (0.2, 0.3), (0.7, 1.4), 40)],
+    "degrees, translate, scale, shear", [(30, (0, 0), (1, 1), 0), (180, (0.2, 0.3), (0.7, 1.4), 40)]
 )
 def test_affine_is_torchvisions(degrees, translate, scale, shear):
     """Each image's parameters, drawn in this order, do what they do in torchvision's `affine`."""
