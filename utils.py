@@ -17,103 +17,91 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology, segmentation
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, Subset
+from torch.utils.data import Subset
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-DIGESTS = {  # SHA-256 of the images and labels of both splits
+DIGESTS = {  # SHA-256 of a dataset's images and labels, of both splits
     "MNIST": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
     "FashionMNIST": "ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
 }
-CHUNK = 16  # batches that BatchLoader prepares at a time: fewer calls, and it still fits a cache
+CHUNK = 16  # batches prepared at once: fewer calls, and the chunk still fits in the cache
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
 
 
-# --- set-up
-
-
 def get_device():
-    """Return the `torch.device` of this machine's GPU (CUDA, MPS, XPU, …), or else the CPU."""
+    """Return the `torch.device` of the GPU (CUDA, MPS, XPU, …) or, without one, of the CPU."""
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
     return torch.device("cpu")
 
 
-def set_seed(seed):
-    """Seed Python, NumPy and PyTorch, and make cuDNN deterministic.
+def set_seed(seed, epoch=None):
+    """Seed Python, NumPy and PyTorch, for a run or for one epoch of it; make cuDNN deterministic.
 
-    Call it before the model is made, and with another seed before each epoch: then an epoch's
-    random numbers, such as dropout's, are the same in a run that was resumed.
+    Called before each epoch, it gives a resumed run the random numbers of an uninterrupted one.
     """
+    if epoch is not None:  # mixed, not added: seed 0 in epoch 1 is not seed 1 in epoch 0
+        seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
 
 
 def is_interactive():
-    """Return whether someone sees the output live: in a terminal, or a notebook that is open."""
-    ipython = sys.modules.get("IPython")  # already imported if a kernel is running
+    """Return whether someone sees the output live: in a terminal or in an open notebook."""
+    ipython = sys.modules.get("IPython")  # imported already if a kernel is running
     kernel = ipython and getattr(ipython.get_ipython(), "kernel", None)
-    return sys.stdout.isatty() if kernel is None else getattr(kernel, "_allow_stdin", True)
+    is_open = getattr(kernel, "_allow_stdin", True)  # papermill and nbconvert give it no stdin
+    return is_open if kernel else sys.stdout.isatty()
 
 
-# --- train and test
+# --- train, test and predict
 
 
 def train(
-    model,
-    device,
-    train_loader,
-    optimizer,
-    criterion,
-    train_losses=None,
-    train_acc=None,
-    *,
-    scheduler=None,
-    cuda_graph=False,
-    verbose=True,
-):
+    model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None,
+    *, scheduler=None, cuda_graph=False, verbose=True
+):  # fmt: skip
     """Train `model` for one epoch and return its mean loss and its accuracy in percent.
 
-    Both are means over the samples, measured before each optimizer step. If there are several
-    processes, all must call this: gradients are averaged over them, and metrics over all samples.
+    Both are measured before each optimizer step and averaged over the samples of all processes,
+    which must all call this.
 
-    model: gives an output of shape (N, classes); is on `device`.
+    model: on `device`; its output has shape (N, classes).
     train_loader: any iterable of batches (data, target), with N integer labels in `target`.
     criterion: returns the mean over the batch or, if its `reduction` is "sum", the sum.
     train_losses, train_acc: lists to which the loss and the accuracy are appended.
-    scheduler: one that is stepped after each batch, such as OneCycleLR. Others, such as StepLR or
-        ReduceLROnPlateau, count epochs: call their `step` yourself, after `train`.
+    scheduler: stepped after each batch, as OneCycleLR expects. If yours counts epochs, as StepLR
+        and ReduceLROnPlateau do, call its `step` yourself, after `train`.
     cuda_graph: on one CUDA GPU, record the forward and backward pass and replay it: `CudaGraph`.
-    verbose: whether to print the loss and the accuracy.
 
     Raises FloatingPointError if the mean loss is not finite, ValueError if the loader is empty.
     """
     model.train()
-    metrics = RunningMetrics(criterion, train_losses, train_acc)
+    metrics = RunningMetrics(device, criterion, train_losses, train_acc)
     is_cuda = torch.device(device).type == "cuda"  # non-blocking copies are safe only there
-    if dist.is_initialized() and not isinstance(model, DistributedDataParallel):
-        model = DistributedDataParallel(model)  # averages the gradients of all processes
+    if dist.is_initialized() and not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = torch.nn.parallel.DistributedDataParallel(model)  # averages all gradients
 
-    def forward_backward(data, target):
+    def forward_backward(data, target):  # a function, because that is what a CUDA graph records
         optimizer.zero_grad()
         output = model(data)
         loss = criterion(output, target)
         loss.backward()
         metrics.update(loss.detach(), output.detach(), target)
 
-    if cuda_graph and is_cuda and not dist.is_initialized():
-        forward_backward = CudaGraph(forward_backward)
-    for data, target in progress_bar(train_loader, "train"):
+    use_graph = cuda_graph and is_cuda and not dist.is_initialized()
+    run_batch = CudaGraph(forward_backward) if use_graph else forward_backward
+    bar = tqdm(train_loader, "train", leave=False, file=sys.stdout, disable=not is_interactive())
+    for data, target in bar:
         data = data.to(device, non_blocking=is_cuda)
         target = target.to(device, non_blocking=is_cuda)
-        forward_backward(data, target)
+        run_batch(data, target)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -124,12 +112,12 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, verbose=True):
     """Evaluate `model` and return its mean loss and its accuracy in percent.
 
-    Arguments and errors as for `train`. If there are several processes, each returns the means over
-    its own batches: give it the whole test set, as a BatchLoader without `shuffle` does.
+    Arguments and errors as for `train`. Processes do not share the work: give each all batches.
     """
     model.eval()
-    metrics = RunningMetrics(criterion, test_losses, test_acc)
-    for data, target in progress_bar(test_loader, "test"):
+    metrics = RunningMetrics(device, criterion, test_losses, test_acc)
+    bar = tqdm(test_loader, "test", leave=False, file=sys.stdout, disable=not is_interactive())
+    for data, target in bar:
         data, target = data.to(device), target.to(device)
         output = model(data)
         loss = criterion(output, target)
@@ -137,134 +125,99 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     return metrics.finish("test", verbose)
 
 
-test.__test__ = False  # not a test, though pytest would take it for one
+@torch.no_grad()
+def predict(model, device, loader, temperature=1.0):
+    """Return `(predictions, probabilities, targets)` for all samples of a loader, in its order.
+
+    They are on the CPU, of shapes (N,), (N, classes) and (N,). Dividing the logits by `temperature`
+    changes only the probabilities (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+    """
+    model.eval()
+    probabilities, targets = [], []
+    for data, target in loader:
+        logits = model(data.to(device)) / temperature
+        probabilities.append(logits.softmax(dim=1).cpu())
+        targets.append(target.cpu())
+    probabilities, targets = torch.cat(probabilities), torch.cat(targets)
+    predictions = probabilities.argmax(dim=1)
+    if targets.shape != predictions.shape:
+        raise ValueError(f"expected {len(predictions)} class numbers, got {tuple(targets.shape)}")
+    return predictions, probabilities, targets
 
 
-def progress_bar(loader, name):
-    """Show the progress of a pass over `loader`, and remove it at the end."""
-    return tqdm(loader, name, leave=False, file=sys.stdout, disable=not is_interactive())
+def get_correct_pred_count(pred, target):
+    """Return how many of the N rows of `pred` (N, classes) have their maximum at `target` (N,)."""
+    return _count_correct(pred, target).item()
+
+
+def _count_correct(output, target):
+    """Count as `get_correct_pred_count` does, in a tensor, without waiting for the device."""
+    if target.shape != output.shape[:1]:  # (N, 1) would be compared with every row
+        raise ValueError(f"expected {len(output)} class numbers, got {tuple(target.shape)}")
+    return (output.argmax(dim=1) == target).sum()
 
 
 class RunningMetrics:
     """Mean loss and accuracy over the samples of a pass. `update` never waits for the device."""
 
-    def __init__(self, criterion, losses=None, accuracies=None):
-        # Taken now, so that anything that is not a list fails before the pass, not after it.
-        self.appends = [([] if x is None else x).append for x in (losses, accuracies)]
-        parts = criterion, getattr(criterion, "func", None)  # of a functools.partial
-        reductions = [getattr(part, "reduction", None) for part in parts]
-        self.is_sum = "sum" in (getattr(criterion, "keywords", {}).get("reduction"), *reductions)
-        self.sums = None  # a tensor on the device: loss, correct predictions, samples
+    def __init__(self, device, criterion, losses=None, accuracies=None):
+        # Look up `append` now: a scheduler passed by mistake fails here, not after the epoch.
+        self.append_loss = [].append if losses is None else losses.append
+        self.append_accuracy = [].append if accuracies is None else accuracies.append
+        function = getattr(criterion, "func", criterion)  # of a functools.partial
+        keywords = getattr(criterion, "keywords", {})
+        self.is_sum = "sum" in (keywords.get("reduction"), getattr(function, "reduction", None))
+        has_float64 = torch.device(device).type in ("cpu", "cuda")  # not all others have
+        dtype = torch.float64 if has_float64 else torch.float32
+        self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct, samples
 
     def update(self, loss, output, target):
         """Add a batch: output of shape (N, classes), target of shape (N,)."""
-        correct = _correct(output, target)
-        count = torch.full_like(correct, len(target))
-        # not every other accelerator has float64
-        wide = torch.float64 if output.device.type in ("cpu", "cuda") else torch.float32
-        loss = loss.to(wide) * (1 if self.is_sum else len(target))
-        sums = torch.stack((loss, correct.to(wide), count.to(wide)))
-        if self.sums is None:
-            self.sums = torch.zeros_like(sums)
-        self.sums += sums  # in place, so that a CUDA graph can replay it
+        self.sums[0].add_(loss, alpha=1 if self.is_sum else len(target))
+        self.sums[1].add_(_count_correct(output, target))
+        self.sums[2].add_(len(target))
 
     def finish(self, name, verbose, all_processes=False):
         """Return the loss and the accuracy in percent, append each to its list, and print both."""
-        if self.sums is None:
-            raise ValueError("the loader is empty")
         if all_processes and dist.is_initialized():
             dist.all_reduce(self.sums)
         loss, correct, count = self.sums.tolist()  # here the host waits for the device
+        if count == 0:
+            raise ValueError("the loader is empty")
         loss, accuracy = loss / count, 100 * correct / count
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}: is the learning rate too high?")
-        for append, value in zip(self.appends, (loss, accuracy), strict=True):
-            append(value)
+        self.append_loss(loss)
+        self.append_accuracy(accuracy)
         if verbose:
             print(f"{name}: loss {loss:.4f}, accuracy {accuracy:.2f} %")
         return loss, accuracy
 
 
 class CudaGraph:
-    """A function of tensors, which returns nothing, as a CUDA graph: one launch for each batch.
+    """A function of tensors, without a result, recorded once and replayed for each batch.
 
-    The first batch of a new shape runs as usual, the second is recorded, the others are replayed.
-    The function must do the same for every batch and must not wait for the device.
+    The first batch of a shape runs as usual, the second is recorded. The function must do the same
+    for every batch and must not wait for the device.
     """
 
     def __init__(self, function):
         self.function, self.shape, self.graph = function, None, None
 
-    def __call__(self, *inputs):
-        if inputs[0].shape != self.shape:  # also the first call, which warms up CUDA's libraries
-            self.shape, self.graph = inputs[0].shape, None
-            return self.function(*inputs)
+    def __call__(self, *batch):
+        if batch[0].shape != self.shape:
+            self.shape, self.graph = batch[0].shape, None
+            self.function(*batch)  # as usual, which also warms up CUDA's libraries
+            return
         if self.graph is None:
-            self.inputs = [tensor.clone() for tensor in inputs]
+            self.inputs = [tensor.clone() for tensor in batch]  # every replay reads these
             self.graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(inputs[0].device)
+            stream = torch.cuda.Stream(batch[0].device)
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.function(*self.inputs)
-        for static, tensor in zip(self.inputs, inputs, strict=True):
-            static.copy_(tensor)
+        for recorded, tensor in zip(self.inputs, batch, strict=True):
+            recorded.copy_(tensor)
         self.graph.replay()
-
-
-@torch.no_grad()
-def predict(model, device, loader, temperature=1.0):
-    """Return `(predictions, probabilities, targets)` for all samples of a loader, in its order.
-
-    They are on the CPU, of shapes (N,), (N, classes) and (N,). The logits are divided by
-    `temperature`, which changes the probabilities but not the predictions (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599).
-    """
-    model.eval()
-    batches = [
-        ((model(data.to(device)) / temperature).softmax(dim=1).cpu(), target.cpu())
-        for data, target in loader
-    ]
-    probabilities, targets = map(torch.cat, zip(*batches, strict=True))
-    _correct(probabilities, targets)  # refuses targets of another shape
-    return probabilities.argmax(dim=1), probabilities, targets
-
-
-def get_correct_pred_count(pred, target):
-    """Return how many of the N rows of `pred` (N, classes) have their maximum at `target` (N,)."""
-    return _correct(pred, target).item()
-
-
-def _correct(output, target):
-    if target.shape != output.shape[:1]:  # (N, 1) would be compared with every row
-        raise ValueError(f"expected {len(output)} class numbers, got {tuple(target.shape)}")
-    return (output.argmax(dim=1) == target).sum()
-
-
-# --- several processes, started by torchrun
-
-
-def init_distributed():
-    """Join the processes that `torchrun` started, if any, and return this one's `torch.device`.
-
-    Of several processes, each gets a CUDA GPU of its own or, without CUDA, the CPU.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return get_device()
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    return device
-
-
-def end_distributed():
-    """End all processes but the first, which goes on alone."""
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        dist.destroy_process_group()
-        if rank > 0:
-            sys.exit()
 
 
 # --- data
@@ -286,20 +239,20 @@ def load_data(name="auto", root=None):
             return load_data("MNIST", root)
         except RuntimeError as error:  # no network, no permission to write, …
             warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST: {error}", stacklevel=2)
-            name = "digits"
+            return load_data("digits")
     names = "MNIST", "FashionMNIST", "KMNIST", "digits"
     if name not in names:
         raise ValueError(f"expected 'auto' or one of {names}, got {name!r}")
     dataset = Digits if name == "digits" else getattr(datasets, name)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # the first process downloads
     folder = root / name / "raw"
-    damage = f"the files in '{folder}' are damaged: delete them to download them again"
+    damaged = f"the files in '{folder}' are damaged: delete them to download them again"
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()  # wait until the first process has downloaded
     try:
         pair = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises errors of many types
         if len(list(folder.glob("*-ubyte"))) == 4:  # they are there, but cannot be decoded
-            raise ValueError(damage) from error
+            raise ValueError(damaged) from error
         advice = f"put its four files into '{folder}', or name another folder in DATA_DIR"
         raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
     finally:
@@ -307,8 +260,9 @@ def load_data(name="auto", root=None):
             dist.barrier()
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
     digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
-    if DIGESTS.get(name, digest) != digest or max(data.targets.max() for data in pair) > 9:
-        raise ValueError(damage)
+    largest = max(data.targets.max() for data in pair)  # for KMNIST, which has no digest above
+    if DIGESTS.get(name, digest) != digest or largest > 9:
+        raise ValueError(damaged)
     for data in pair:
         data.name = name
         data.classes = [label.split(" - ")[0] for label in data.classes]  # "7", not "7 - seven"
@@ -316,132 +270,111 @@ def load_data(name="auto", root=None):
 
 
 class Digits(datasets.MNIST):
-    """scikit-learn's 8×8 digits, enlarged to MNIST's form: 1,437 for training and 360 for test.
-
-    Far fewer and easier than MNIST's: their accuracies do not compare. Source: Alpaydin and Kaynak,
-    Optical Recognition of Handwritten Digits, UCI, 1998.
-    """
+    """scikit-learn's digits in MNIST's form, 1,437 and 360; far easier (Alpaydin, Kaynak 1998)."""
 
     def __init__(self, root, train=True, download=False):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        datasets.VisionDataset.__init__(self, root)
+        datasets.VisionDataset.__init__(self, root)  # MNIST's would look for files
         self.train = train
         digits = load_digits()
-        split = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
-        split = split[0 if train else 1]
-        images = torch.from_numpy(digits.images[split]).float().unsqueeze(1)  # (N, 1, 8, 8), 0…16
+        parts = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
+        part = parts[0 if train else 1]
+        images = torch.from_numpy(digits.images[part]).float().unsqueeze(1)  # (N, 1, 8, 8), 0…16
         images = F.interpolate(images * (255 / 16), size=(20, 20), mode="bicubic").clamp(0, 255)
         self.data = F.pad(images.round().to(torch.uint8), (4, 4, 4, 4)).squeeze(1)  # (N, 28, 28)
-        self.targets = torch.from_numpy(digits.target[split])
+        self.targets = torch.from_numpy(digits.target[part])
 
 
 class BatchLoader:
     """A fast `DataLoader` for a dataset that fits on the device.
 
     Yields `(images, labels)` on `device`: float32 images (N, 1, H, W), normalised by MEAN and STD,
-    and int64 labels (N,). The last batch may be smaller.
+    and int64 labels (N,). The last batch may be smaller. Order and augmentation come from PyTorch's
+    random numbers: see `set_seed`. If there are several processes, a loader that shuffles splits
+    every batch among them and leaves out up to `world_size - 1` samples; others give all to each.
 
-    Order and augmentation depend on `seed` and `epoch` alone. Each pass adds 1 to `epoch`; set it
-    before each pass of a run that may be resumed.
-
-    If there are several processes, a loader that shuffles splits every batch among them and leaves
-    out up to `world_size - 1` samples; any other gives each process everything.
-
-    dataset: has `.data`, uint8 of shape (N, H, W), and `.targets`, N integers, and no transform; or
-        is a `Subset` of such a dataset.
-    augment: a `RandomAffine`.
+    dataset: has `.data` (uint8, N×H×W), `.targets` (N integers) and no transform; or a `Subset`.
+    augment: a `RandomAffine`, for square images.
     """
 
-    def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None, seed=0):
-        indices = slice(None)
-        while isinstance(dataset, Subset):
-            indices = torch.as_tensor(dataset.indices, dtype=torch.long)[indices]
-            dataset = dataset.dataset
-        images, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-        transform = [getattr(dataset, f"{name}transform", None) for name in ("", "target_")]
-        form = images.dtype, images.dim(), targets.shape, any(transform)
-        if form != (torch.uint8, 3, images.shape[:1], False):
-            form = f"{images.dtype} {tuple(images.shape)}, {tuple(targets.shape)}, {transform}"
-            raise ValueError(f"expected uint8 images (N, H, W), N labels, no transform; got {form}")
-        if not isinstance(augment, RandomAffine | None):
-            raise TypeError(f"expected utils.RandomAffine(…), got {augment}")
-        self.batch_size = BatchSampler((), batch_size, False).batch_size  # checked as DataLoader's
+    def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None):
+        images, targets = _images_and_targets(dataset)
+        self.rank, self.world_size = 0, 1
+        if shuffle and dist.is_initialized():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if batch_size < 1 or batch_size % self.world_size > 0:
+            raise ValueError(f"cannot split batches of {batch_size} by {self.world_size} processes")
         self.dataset, self.shuffle, self.augment = dataset, shuffle, augment
-        self.images = images[indices].unsqueeze(1).to(device)
-        self.targets = targets[indices].long().to(device)
-        self.epoch, self.seed = 0, np.random.SeedSequence((seed, 0)).entropy[0]  # checks it
+        self.shard_size = batch_size // self.world_size  # this process's part of a batch
+        self.images = images.unsqueeze(1).to(device)
+        self.targets = targets.long().to(device)
 
     def __len__(self):
-        shard, batch_size = self._shard()
-        return math.ceil(len(range(len(self.images))[shard]) / batch_size)
-
-    def _shard(self):
-        """Return which positions in a pass are this process's, and the size of its batches."""
-        if not (self.shuffle and dist.is_initialized()):
-            return slice(None), self.batch_size
-        rank, size = dist.get_rank(), dist.get_world_size()
-        if self.batch_size % size > 0:
-            raise ValueError(f"batch size {self.batch_size} is not a multiple of {size} processes")
-        stop = len(self.images) // size * size  # shards of equal size
-        return slice(rank, stop, size), self.batch_size // size
+        return math.ceil(len(self.images) // self.world_size / self.shard_size)
 
     def __iter__(self):
-        count, device = len(self.images), self.images.device
-        # SeedSequence mixes the two: seed 0 in epoch 1 is not seed 1 in epoch 0.
-        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        self.epoch += 1
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        shard, batch_size = self._shard()
-        order = order[shard].to(device)
+        count, device, size = len(self.images), self.images.device, self.shard_size
+        draw = torch.randperm if self.shuffle else torch.arange
+        order = draw(count, device="cpu").to(device)  # from the CPU's numbers on every device
+        if self.world_size > 1:
+            dist.broadcast(order, src=0)  # all processes use the order of the first
+        shard = slice(self.rank, count - count % self.world_size, self.world_size)  # of equal size
+        order = order[shard]
         if self.augment:
-            matrices = self.augment.sample(count, generator)[shard].to(device)
-        chunk = CHUNK * batch_size
-        for start in range(0, len(order), chunk):
-            index = order[start : start + chunk]
-            images, labels = self.images[index].float(), self.targets[index]
+            matrices = self.augment.sample(count)[shard].to(device)
+        for start in range(0, len(order), CHUNK * size):
+            chunk = slice(start, start + CHUNK * size)
+            images, labels = self.images[order[chunk]].float(), self.targets[order[chunk]]
             if self.augment:
-                images = self.augment(images, matrices[start : start + chunk])
+                grid = F.affine_grid(matrices[chunk], images.shape, align_corners=False)
+                images = F.grid_sample(images, grid, align_corners=False)
             images = images.sub_(255 * MEAN).div_(255 * STD)
-            yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+            yield from zip(images.split(size), labels.split(size), strict=True)
+
+
+def _images_and_targets(dataset):
+    """Return `.data` (N, H, W) and `.targets` (N,) of a dataset, or those of a `Subset`."""
+    if isinstance(dataset, Subset):
+        images, targets = _images_and_targets(dataset.dataset)
+        indices = torch.as_tensor(dataset.indices, dtype=torch.long, device="cpu")
+        return images[indices], targets[indices]
+    if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
+        raise ValueError("expected a dataset without a transform: a BatchLoader applies none")
+    images = torch.as_tensor(dataset.data, device="cpu")
+    targets = torch.as_tensor(dataset.targets, device="cpu")
+    if images.dtype != torch.uint8 or images.dim() != 3 or targets.shape != images.shape[:1]:
+        form = f"{images.dtype} {tuple(images.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"expected uint8 images (N, H, W) and N labels, got {form}")
+    return images, targets
 
 
 class RandomAffine(transforms.RandomAffine):
-    """Rotate, shift, scale and shear each image of a batch by random parameters of its own.
+    """torchvision's `RandomAffine`, drawn for each image on its own. Shear is along x only."""
 
-    The arguments are the first four of torchvision's `RandomAffine`, which draws one set for a
-    whole batch. Shear is along x only. Images are square; what comes from outside is 0.
-    """
+    def __init__(self, degrees, translate=(0.0, 0.0), scale=(1.0, 1.0), shear=0.0):
+        super().__init__(degrees, translate, scale, shear)
 
-    def __init__(self, degrees, translate=None, scale=None, shear=None):
-        super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
-        if len(self.shear) > 2:
-            raise ValueError(f"expected a shear along x only, got {shear}")
-
-    def sample(self, count, generator=None):
-        """Draw parameters for `count` images: matrices (count, 2, 3) from output to input."""
+    def sample(self, count):
+        """Draw parameters for `count` images: matrices (count, 2, 3) for `F.affine_grid`."""
         x, y = self.translate
         angle, right, down, scale, shear = (
-            torch.empty(count).uniform_(*limits, generator=generator)
+            torch.empty(count, dtype=torch.float32, device="cpu").uniform_(*limits)
             for limits in (self.degrees, (-x, x), (-y, y), self.scale, self.shear)
         )
-        angle, tan, shift = angle.deg2rad(), shear.deg2rad().tan(), torch.stack((right, down), 1)
+        angle, tan = angle.deg2rad(), shear.deg2rad().tan()
         cos, sin = angle.cos(), angle.sin()
-        # p moves to scale · R(angle) · X(-shear) · p + shift; F.affine_grid wants the inverse.
+        # An image is sheared by [[1, -tan], [0, 1]], rotated by [[cos, -sin], [sin, cos]], scaled
+        # and shifted. F.affine_grid wants the way back, in coordinates from -1 to 1.
         inverse = torch.stack((cos - sin * tan, sin + cos * tan, -sin, cos), dim=1)
         inverse = inverse.view(-1, 2, 2) / scale.view(-1, 1, 1)
-        shift = inverse @ (2 * shift).unsqueeze(2)  # the grid's coordinates run from -1 to 1
+        shift = inverse @ (2 * torch.stack((right, down), dim=1)).unsqueeze(2)
         return torch.cat((inverse, -shift), dim=2)
-
-    def forward(self, images, matrices):
-        """Transform float images (N, C, H, W)."""
-        grid = F.affine_grid(matrices, images.shape, align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
 
 
 # --- one photo or scan
+# The limits were chosen on MNIST's training digits and on drawings as in tests/handwriting.py.
 
 
 def predict_image(model, image, temperature=1.0):
@@ -468,10 +401,12 @@ def _small_grey(image):
     """Return an image's greys, upright, its longer side 200 pixels, as a PIL image."""
     try:
         if isinstance(image, np.ndarray | torch.Tensor):
-            image = np.atleast_3d(np.asarray(image, np.float32).squeeze())
-            image = Image.fromarray(image.mean(axis=np.argmin(image.shape)))
-        is_read = isinstance(image, Image.Image)
-        image = ImageOps.exif_transpose(image if is_read else Image.open(image))
+            array = np.atleast_3d(np.asarray(image, np.float32).squeeze())
+            channels = np.argmin(array.shape)  # the shortest axis
+            image = Image.fromarray(array.mean(axis=channels))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's are of many types
         raise ValueError(f"cannot read the image '{image}': {error}") from error
     if image.has_transparency_data:  # on grey, black ink and white ink can both be seen
@@ -482,66 +417,87 @@ def _small_grey(image):
 def _find_digit(grey):
     """Return the mask (H, W) of the digit in a grey PIL image."""
     middle = np.outer(*(np.hanning(side + 2)[1:-1] for side in grey.size[::-1]))
-    for mask in _ink_masks(grey, middle):
-        labels = measure.label(mask)
-        inside = segmentation.clear_border(labels)
-        score = np.bincount(labels.flat, (middle * mask).flat)
-        parts = sorted(measure.regionprops(labels), key=lambda part: -score[part.label])
-        for digit in (part for part in parts if _may_be_digit(part, inside)):  # the most central
-            mask = (inside > 0) | (labels == digit.label)
-            near = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # within 8 pixels
-            near = near == near[tuple(digit.coords[0])]
-            for part in parts:  # a stroke that is near belongs to it, unless beside it as tall
-                beside = part.bbox[3] <= digit.bbox[1] or part.bbox[1] >= digit.bbox[3]
-                above = part.bbox[2] <= digit.bbox[0] or part.bbox[0] >= digit.bbox[2]
-                joined, tall = near[tuple(part.coords[0])], len(part.image) / len(digit.image)
-                rival = beside and 0.8 < tall < 1.25 if joined else (beside or above) and tall > 0.6
-                if rival and part.label in inside and score[part.label] > 0.2 * score[digit.label]:
-                    raise ValueError("found several digits in the image: crop it to one of them")
-            return near
+    for ink in _ink_masks(grey, middle):
+        labels = measure.label(ink)
+        inside = segmentation.clear_border(labels)  # without the parts that the border cuts
+        weight = np.bincount(labels.flat, (middle * ink).flat)  # of parts: large and central ones
+        parts = sorted(measure.regionprops(labels), key=lambda part: -weight[part.label])
+        digit = next((part for part in parts if _may_be_digit(part, inside)), None)
+        if digit is None:
+            continue
+        mask = (inside > 0) | (labels == digit.label)
+        groups = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # gaps of up to 8
+        group = groups == groups[tuple(digit.coords[0])]  # the digit and what is near it
+        for part in parts:
+            is_large = part.label in inside and weight[part.label] > 0.2 * weight[digit.label]
+            if is_large and _is_another_digit(part, digit, is_near=group[tuple(part.coords[0])]):
+                raise ValueError("found several digits in the image: crop it to one of them")
+        return group
     raise ValueError("found no digit in the image: expected one, with some paper around it")
 
 
 def _ink_masks(grey, middle):
-    """Yield masks of what may be ink, more and more strictly; at last those of dark and light."""
+    """Yield masks of what may be ink, from faint to strong; at last, of a digit without paper."""
     # A median over most of a tiny copy is the paper without the ink, with its shades and shadows.
     tiny = grey.resize((40, 40), Image.Resampling.BOX)
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     grey = np.asarray(grey)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - grey, 0.7)
     ink *= np.sign((middle * ink**3).sum())  # far from the paper: now it is positive, dark or light
-    least, sure = 0.06 * np.abs(grey).max(), filters.threshold_otsu(ink)
-    for strictness in (1, 1.5, 1.5):
-        mask = filters.apply_hysteresis_threshold(ink, 0.7 * sure, sure)  # faint beside surer ink
-        if mask.any() and ink[mask].mean() > strictness * max(least, 3 * ink[~mask].std()):
+    faintest = 0.06 * np.abs(grey).max()
+    threshold = filters.threshold_otsu(ink)
+    for contrast in (1, 1.5, 1.5):
+        mask = filters.apply_hysteresis_threshold(ink, 0.7 * threshold, threshold)
+        noise = 3 * ink[~mask].std()
+        if mask.any() and ink[mask].mean() > contrast * max(faintest, noise):
             yield mask
-        sure = filters.threshold_otsu(ink[ink >= sure])  # those were shades or lines
-    # A digit cut out by its bounding box leaves the median no paper, but touches all four sides.
+        threshold = filters.threshold_otsu(ink[ink >= threshold])  # those were shades or lines
+    if np.ptp(grey) > faintest:
+        yield from _cut_out_masks(grey)
+
+
+def _cut_out_masks(grey):
+    """Yield masks of a digit cut out by its bounding box, where the median finds no paper."""
     dark = grey < filters.threshold_otsu(grey)
-    labels = measure.label(dark.astype(int), background=-1)
-    if np.ptp(grey) > least and np.corrcoef(dark.flat, grey.flat)[0, 1] < -0.85:  # black and white
-        for part in measure.regionprops(labels):
-            corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]
-            if np.subtract(grey.shape, part.image.shape).max() < 3 and corners.sum() < 3:
-                yield labels == part.label
+    if np.corrcoef(dark.flat, grey.flat)[0, 1] >= -0.85:
+        return  # not black and white
+    labels = measure.label(dark.astype(int), background=-1)  # of dark parts and of light ones
+    for part in measure.regionprops(labels):
+        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]
+        is_cut_out = np.subtract(grey.shape, part.image.shape).max() < 3  # touches all four sides
+        if is_cut_out and corners.sum() < 3:
+            yield labels == part.label
 
 
 def _may_be_digit(part, inside):
     """Return whether a part of the ink is not a speck, line, grid, blob or shadow."""
-    (height, width), side = part.image.shape, max(part.image.shape)
-    if side < 8 or width > 3 * height or part.euler_number < -2:
+    height, width = part.image.shape
+    side, holes = max(height, width), 1 - part.euler_number
+    if side < 8 or width > 3 * height or holes > 3:
         return False
     thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
-    cut_out = np.subtract(inside.shape, part.image.shape).max() < 3
-    is_whole = cut_out or part.label in inside or part.solidity < 0.7
-    return is_whole and thickness * part.solidity < (0.5 if cut_out else 0.35) * side
+    is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # touches all four sides
+    is_blob = thickness * part.solidity >= (0.5 if is_cut_out else 0.35) * side
+    is_shadow = part.label not in inside and not is_cut_out and part.solidity >= 0.7
+    return not (is_blob or is_shadow)
+
+
+def _is_another_digit(part, digit, is_near):
+    """Return whether a part is no stroke of `digit`, which is within 8 pixels if it `is_near`."""
+    top, left, bottom, right = digit.bbox
+    is_beside = part.bbox[3] <= left or part.bbox[1] >= right
+    is_above_or_below = part.bbox[2] <= top or part.bbox[0] >= bottom
+    height = len(part.image) / len(digit.image)
+    if is_near:
+        return is_beside and 0.8 < height < 1.25
+    return (is_beside or is_above_or_below) and height > 0.6
 
 
 def _mnist_form(digit):
     """Scale a digit's mask to 20 pixels, its centre of mass in the middle of uint8 (28, 28)."""
     scale = max(np.ptp(np.nonzero(digit), axis=1) + 1) / 20
     soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
-    corner = np.array(ndimage.center_of_mass(soft)) - scale * 27 / 2
+    corner = np.array(ndimage.center_of_mass(soft)) - scale * 27 / 2  # 0 … 27 has its middle there
     image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (28, 28), order=1)
     return (255 * image / image.max()).round().astype(np.uint8)
 
@@ -549,30 +505,28 @@ def _mnist_form(digit):
 # --- plots: each draws a new pyplot figure and leaves it open, to be shown or saved
 
 
-def plot_train_metrics(train_losses, train_acc, test_losses, test_acc, *, title=None):
+def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
     """Plot loss and accuracy (percent) by epoch, train against test."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    rows = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
-    for name, losses, accuracies in rows:
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, losses, acc in ("train", train_losses, train_acc), ("test", test_losses, test_acc):
         epochs = range(1, len(losses) + 1)
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
-        right.plot(epochs, accuracies, ".-", label=f"{name} {accuracies[-1]:.2f} %")
-    low, high = 100.1 - 1.1 * (100.1 - min(*train_acc, *test_acc)), 100.02
-    right.set_ylim(low, high)  # on a scale that widens towards 100 %: nearly the error's logarithm
-    widen, narrow = lambda acc: -np.log(100.1 - acc), lambda y: 100.1 - np.exp(-y)
+        right.plot(epochs, acc, ".-", label=f"{name} {acc[-1]:.2f} %")
+    # The scale of the accuracy widens towards 100 %: it is nearly the logarithm of the error.
+    bottom = 100.1 - 1.1 * (100.1 - min(*train_acc, *test_acc))
+    widen, narrow = lambda x: -np.log(100.1 - x), lambda y: 100.1 - np.exp(-y)
     right.set_yscale("function", functions=(widen, narrow))
     ticks = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100)
-    right.set_yticks([tick for tick in ticks if low <= tick <= high])
+    right.set(yticks=[tick for tick in ticks if tick >= bottom], ylim=(bottom, 100.02))
     right.yaxis.set_major_formatter("{x:g}")
     for axes, name in ((left, "loss"), (right, "accuracy (%)")):
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend(title=f"after epoch {len(train_losses)}")
-    fig.suptitle(title)
 
 
-def plot_images(images, titles, *, title=None):
+def plot_images(images, titles):
     """Plot up to 24 images, (N, H, W) or (N, channels, H, W), each under its title."""
     images = torch.as_tensor(images[:24]).detach().cpu().float()
     if len(images) > 0:
@@ -580,41 +534,40 @@ def plot_images(images, titles, *, title=None):
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
     rows = max(1, math.ceil(len(images) / 8))
-    fig, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
+    _, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
     plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(name, fontsize=10 if len(str(name)) < 16 else 7)
-    fig.suptitle(title)
 
 
-def plot_sample_data(data_loader, *, title=None):
+def plot_sample_data(data_loader):
     """Plot up to 24 images of the first batch, as the model sees them, with their labels."""
-    with torch.random.fork_rng(devices=[]):  # a DataLoader would draw from the run's numbers
+    with torch.random.fork_rng(devices=[]):  # a loader draws from the run's random numbers
         images, labels = next(iter(data_loader))
-    labels = labels.reshape(len(images)).tolist() if isinstance(labels, torch.Tensor) else labels
-    names = dict(enumerate(getattr(getattr(data_loader, "dataset", 0), "classes", ())))
-    plot_images(images, [names.get(label, label) for label in labels], title=title)
+    if isinstance(labels, torch.Tensor):
+        labels = labels.reshape(len(images)).tolist()
+    dataset = getattr(data_loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = dict(enumerate(getattr(dataset, "classes", ())))
+    plot_images(images, [names.get(label, label) for label in labels])
 
 
-def plot_misclassified(images, predictions, probabilities, targets, classes, *, title=None):
-    """Plot up to 24 wrong predictions, the most confident first: label → prediction, probability.
-
-    images: of shape (N, H, W), in the order of the other three, which `predict` returned.
-    """
-    confidences = torch.as_tensor(probabilities).max(dim=1).values
-    order = confidences.argsort(descending=True)
-    wrong = order[(torch.as_tensor(predictions) != torch.as_tensor(targets))[order]][:24]
-    titles = [
-        f"{classes[targets[i]]} → {classes[predictions[i]]}, {100 * confidences[i]:.0f} %"
-        for i in wrong
+def plot_misclassified(images, predictions, probabilities, targets, classes):
+    """Plot up to 24 of the images (N, H, W) that `predict` got wrong, the most confident first."""
+    predictions, targets = np.asarray(predictions), np.asarray(targets)
+    percent = 100 * np.asarray(probabilities).max(axis=1)
+    wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])
+    names = [
+        f"{classes[targets[i]]} → {classes[predictions[i]]}, {percent[i]:.0f} %" for i in wrong
     ]
-    plot_images(images[wrong], titles, title=title)
+    plot_images(images[wrong[:24]], names)
 
 
-def plot_prediction(image, probabilities, model_input, classes, *, title=None):
+def plot_prediction(image, probabilities, model_input, classes):
     """Plot an image, what the model saw of it, and the probability of each class."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    _, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     left.imshow(np.asarray(_small_grey(image)), cmap="gray")  # upright, as it is read
     middle.imshow(model_input, cmap="gray", vmin=0, vmax=255)
     left.set(xlabel="the image, in grey", xticks=[], yticks=[])
@@ -623,14 +576,13 @@ def plot_prediction(image, probabilities, model_input, classes, *, title=None):
     right.bar_label(bars, fmt="{:.0f} %", padding=4)
     right.set(xlabel="probability (%)", xlim=(0, 120), xticks=range(0, 101, 20))
     right.invert_yaxis()
-    fig.suptitle(title)
 
 
 # --- checkpoints
 
 
 def save_checkpoint(path, epoch, hyperparameters, **state):
-    """Save a run after `epoch`: whenever the process is killed, `path` is whole, old or new.
+    """Save a run after `epoch`. If the process is killed, `path` holds the old file or the new one.
 
     hyperparameters: a dictionary of numbers and strings by which the run is recognised.
     state: by name, what has a `state_dict()` (model, optimizer, scheduler), and lists.
@@ -655,12 +607,11 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
 def load_checkpoint(path, hyperparameters, **state):
     """Restore `state` from a checkpoint, lists in place, and return the number of epochs done.
 
-    Arguments as for `save_checkpoint`. No code in the file is run.
-
-    Raises ValueError if the file is damaged, or belongs to a run with other hyperparameters.
+    Arguments as for `save_checkpoint`. No code in the file is run. Raises ValueError if the file is
+    damaged, or belongs to a run with other hyperparameters.
     """
     if dist.is_initialized():
-        dist.barrier()  # until the first process has written it
+        dist.barrier()  # wait until the first process has written the file
     file = io.BytesIO(Path(path).read_bytes())
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -682,10 +633,35 @@ def load_checkpoint(path, hyperparameters, **state):
     return checkpoint["epoch"]
 
 
+# --- several processes, started by torchrun
+
+
+def init_distributed():
+    """Join the processes of `torchrun`, if any. Return this one's GPU, or else the CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return get_device()
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def end_distributed():
+    """End every process except the first, which continues alone."""
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        dist.destroy_process_group()
+        if rank > 0:
+            sys.exit()
+
+
 # --- drawing pad
 
 PAD_SCRIPT = """
-function render({ model, el }) {
+export default { render({ model, el }) {
   el.innerHTML = `<canvas style="border: 1px solid; touch-action: none"></canvas>
     <br><button>Clear</button> <input type="file" accept="image/*">`;
   const [canvas, button, file] = el.querySelectorAll("canvas, button, input");
@@ -713,18 +689,15 @@ function render({ model, el }) {
     send();
   };
   clear(320, 320);
-}
-export default { render };
+} };
 """
 
 
 def drawing_pad(model, classes, temperature=1.0):
-    """Return a widget to draw a digit in or upload a photo; `plot_prediction` shows the answer.
-
-    It answers with the weights that `model` has now. Arguments as for `predict_image`.
-    """
+    """Return a widget that recognises a drawn digit or a photo with the weights `model` has now."""
     if not is_interactive():
-        return print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
+        print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
+        return None
     import anywidget
     import traitlets
     from ipywidgets import Output, VBox
@@ -742,8 +715,10 @@ def drawing_pad(model, classes, temperature=1.0):
         try:
             digit, probabilities, model_input = predict_image(model, image, temperature)
         except ValueError as error:
-            return print(error)
-        plot_prediction(image, probabilities, model_input, classes, title=classes[digit])
+            print(error)
+            return
+        plot_prediction(image, probabilities, model_input, classes)
+        plt.suptitle(classes[digit])
         plt.show()
 
     pad.observe(answer, "drawing")
