@@ -7,9 +7,9 @@ import torch.nn.functional as F
 class Net(nn.Module):
     """Three convolutions and two fully connected layers, 105,114 parameters for ten classes.
 
-    Input: float tensor of shape (N, 1, 28, 28), normalised (see `utils.BatchLoader`).
-    Output: log-probabilities of shape (N, num_classes). Most other shapes are refused by the layer
-    that they do not fit; 29 to 31 pixels pass, since the pooling leaves out the last ones.
+    Input: float tensor of shape (N, 1, 28, 28), normalised (see `utils.BatchLoader`). 29 to 31
+    pixels work as well, because the pooling drops the last ones; PyTorch refuses most other sizes.
+    Output: log-probabilities of shape (N, num_classes).
 
     `F.nll_loss` is the matching criterion. `nn.CrossEntropyLoss` works as well: it applies
     log-softmax, which leaves log-probabilities unchanged.

@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-DIGESTS = {  # SHA-256 of a dataset's images and labels, of both splits
+DIGESTS = {  # SHA-256 of a dataset's images and labels, training and test together
     "MNIST": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
     "FashionMNIST": "ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
 }
@@ -40,12 +40,10 @@ def get_device():
 
 
 def set_seed(seed, epoch=None):
-    """Seed Python, NumPy and PyTorch, for a run or for one epoch of it; make cuDNN deterministic.
-
-    Called before each epoch, it gives a resumed run the random numbers of an uninterrupted one.
-    """
+    """Seed all random numbers for a run or for one epoch of it, which resumed runs then repeat."""
     if epoch is not None:  # mixed, not added: seed 0 in epoch 1 is not seed 1 in epoch 0
-        seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
+        mixed = np.random.SeedSequence((seed, epoch))
+        seed = int(mixed.generate_state(1, np.uint64)[0])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -56,11 +54,9 @@ def is_interactive():
     """Return whether someone sees the output live: in a terminal or in an open notebook."""
     ipython = sys.modules.get("IPython")  # imported already if a kernel is running
     kernel = ipython and getattr(ipython.get_ipython(), "kernel", None)
-    is_open = getattr(kernel, "_allow_stdin", True)  # papermill and nbconvert give it no stdin
-    return is_open if kernel else sys.stdout.isatty()
-
-
-# --- train, test and predict
+    if not kernel:
+        return sys.stdout.isatty()
+    return getattr(kernel, "_allow_stdin", True)  # papermill and nbconvert run one without stdin
 
 
 def train(
@@ -69,8 +65,8 @@ def train(
 ):  # fmt: skip
     """Train `model` for one epoch and return its mean loss and its accuracy in percent.
 
-    Both are measured before each optimizer step and averaged over the samples of all processes,
-    which must all call this.
+    Both are measured before each optimizer step and averaged over the samples of all processes. If
+    there are several, all must call this.
 
     model: on `device`; its output has shape (N, classes).
     train_loader: any iterable of batches (data, target), with N integer labels in `target`.
@@ -88,7 +84,7 @@ def train(
     if dist.is_initialized() and not isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = torch.nn.parallel.DistributedDataParallel(model)  # averages all gradients
 
-    def forward_backward(data, target):  # a function, because that is what a CUDA graph records
+    def forward_backward(data, target):  # a function, so that a CUDA graph can record it
         optimizer.zero_grad()
         output = model(data)
         loss = criterion(output, target)
@@ -112,7 +108,7 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, *, verbose=True):
     """Evaluate `model` and return its mean loss and its accuracy in percent.
 
-    Arguments and errors as for `train`. Processes do not share the work: give each all batches.
+    Arguments and errors as for `train`. Each process tests by itself: give it all batches.
     """
     model.eval()
     metrics = RunningMetrics(device, criterion, test_losses, test_acc)
@@ -167,7 +163,7 @@ class RunningMetrics:
         function = getattr(criterion, "func", criterion)  # of a functools.partial
         keywords = getattr(criterion, "keywords", {})
         self.is_sum = "sum" in (keywords.get("reduction"), getattr(function, "reduction", None))
-        has_float64 = torch.device(device).type in ("cpu", "cuda")  # not all others have
+        has_float64 = torch.device(device).type in ("cpu", "cuda")  # other devices may not
         dtype = torch.float64 if has_float64 else torch.float32
         self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct, samples
 
@@ -195,10 +191,10 @@ class RunningMetrics:
 
 
 class CudaGraph:
-    """A function of tensors, without a result, recorded once and replayed for each batch.
+    """A function of tensors, without a result, that is recorded once and then replayed.
 
-    The first batch of a shape runs as usual, the second is recorded. The function must do the same
-    for every batch and must not wait for the device.
+    The first batch of a new shape runs as usual, the second is recorded, and all others replay it.
+    The function must do the same for every batch and must not wait for the device.
     """
 
     def __init__(self, function):
@@ -211,7 +207,7 @@ class CudaGraph:
             return
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in batch]  # every replay reads these
-            self.graph = torch.cuda.CUDAGraph()
+            self.graph = torch.cuda.CUDAGraph()  # recording computes nothing yet
             stream = torch.cuda.Stream(batch[0].device)
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.function(*self.inputs)
@@ -251,7 +247,7 @@ def load_data(name="auto", root=None):
     try:
         pair = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises errors of many types
-        if len(list(folder.glob("*-ubyte"))) == 4:  # they are there, but cannot be decoded
+        if len(list(folder.glob("*-ubyte"))) == 4:  # all are there, but cannot be decoded
             raise ValueError(damaged) from error
         advice = f"put its four files into '{folder}', or name another folder in DATA_DIR"
         raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
@@ -260,7 +256,7 @@ def load_data(name="auto", root=None):
             dist.barrier()
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
     digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
-    largest = max(data.targets.max() for data in pair)  # for KMNIST, which has no digest above
+    largest = max(data.targets.max() for data in pair)  # all that is checked of KMNIST
     if DIGESTS.get(name, digest) != digest or largest > 9:
         raise ValueError(damaged)
     for data in pair:
@@ -270,7 +266,7 @@ def load_data(name="auto", root=None):
 
 
 class Digits(datasets.MNIST):
-    """scikit-learn's digits in MNIST's form, 1,437 and 360; far easier (Alpaydin, Kaynak 1998)."""
+    """scikit-learn's 8×8 digits in MNIST's form: 1,437 for training, 360 for test; far easier."""
 
     def __init__(self, root, train=True, download=False):
         from sklearn.datasets import load_digits
@@ -279,12 +275,12 @@ class Digits(datasets.MNIST):
         datasets.VisionDataset.__init__(self, root)  # MNIST's would look for files
         self.train = train
         digits = load_digits()
-        parts = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
-        part = parts[0 if train else 1]
-        images = torch.from_numpy(digits.images[part]).float().unsqueeze(1)  # (N, 1, 8, 8), 0…16
+        split = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
+        indices = split[0 if train else 1]
+        images = torch.from_numpy(digits.images[indices]).float().unsqueeze(1)  # (N, 1, 8, 8), 0…16
         images = F.interpolate(images * (255 / 16), size=(20, 20), mode="bicubic").clamp(0, 255)
         self.data = F.pad(images.round().to(torch.uint8), (4, 4, 4, 4)).squeeze(1)  # (N, 28, 28)
-        self.targets = torch.from_numpy(digits.target[part])
+        self.targets = torch.from_numpy(digits.target[indices])
 
 
 class BatchLoader:
@@ -292,8 +288,8 @@ class BatchLoader:
 
     Yields `(images, labels)` on `device`: float32 images (N, 1, H, W), normalised by MEAN and STD,
     and int64 labels (N,). The last batch may be smaller. Order and augmentation come from PyTorch's
-    random numbers: see `set_seed`. If there are several processes, a loader that shuffles splits
-    every batch among them and leaves out up to `world_size - 1` samples; others give all to each.
+    random numbers: see `set_seed`. With several processes, a loader that shuffles gives each a part
+    of every batch, leaving out up to `world_size - 1` samples; any other gives all to each.
 
     dataset: has `.data` (uint8, N×H×W), `.targets` (N integers) and no transform; or a `Subset`.
     augment: a `RandomAffine`, for square images.
@@ -316,12 +312,15 @@ class BatchLoader:
 
     def __iter__(self):
         count, device, size = len(self.images), self.images.device, self.shard_size
-        draw = torch.randperm if self.shuffle else torch.arange
-        order = draw(count, device="cpu").to(device)  # from the CPU's numbers on every device
+        order = torch.arange(count, device="cpu")
+        if self.shuffle:
+            order = torch.randperm(count, device="cpu")  # the same on every device
         if self.world_size > 1:
-            dist.broadcast(order, src=0)  # all processes use the order of the first
+            orders = [order]
+            dist.broadcast_object_list(orders)  # all processes use the order of the first
+            order = orders[0]
         shard = slice(self.rank, count - count % self.world_size, self.world_size)  # of equal size
-        order = order[shard]
+        order = order[shard].to(device)
         if self.augment:
             matrices = self.augment.sample(count)[shard].to(device)
         for start in range(0, len(order), CHUNK * size):
@@ -351,24 +350,25 @@ def _images_and_targets(dataset):
 
 
 class RandomAffine(transforms.RandomAffine):
-    """torchvision's `RandomAffine`, drawn for each image on its own. Shear is along x only."""
+    """Like torchvision's, with new random parameters for each image. Shear is along x only."""
 
-    def __init__(self, degrees, translate=(0.0, 0.0), scale=(1.0, 1.0), shear=0.0):
-        super().__init__(degrees, translate, scale, shear)
+    def __init__(self, degrees, translate=None, scale=None, shear=None):
+        super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
 
     def sample(self, count):
         """Draw parameters for `count` images: matrices (count, 2, 3) for `F.affine_grid`."""
-        x, y = self.translate
-        angle, right, down, scale, shear = (
-            torch.empty(count, dtype=torch.float32, device="cpu").uniform_(*limits)
-            for limits in (self.degrees, (-x, x), (-y, y), self.scale, self.shear)
-        )
-        angle, tan = angle.deg2rad(), shear.deg2rad().tan()
+
+        def draw(low, high):
+            return torch.empty(count, dtype=torch.float32, device="cpu").uniform_(low, high)
+
+        angle = draw(*self.degrees).deg2rad()
+        right, down = (draw(-limit, limit) for limit in self.translate)
+        scale, tan = draw(*self.scale), draw(*self.shear).deg2rad().tan()
         cos, sin = angle.cos(), angle.sin()
         # An image is sheared by [[1, -tan], [0, 1]], rotated by [[cos, -sin], [sin, cos]], scaled
-        # and shifted. F.affine_grid wants the way back, in coordinates from -1 to 1.
-        inverse = torch.stack((cos - sin * tan, sin + cos * tan, -sin, cos), dim=1)
-        inverse = inverse.view(-1, 2, 2) / scale.view(-1, 1, 1)
+        # and shifted. F.affine_grid wants the inverse, in coordinates from -1 to 1.
+        row_x, row_y = (cos - sin * tan, sin + cos * tan), (-sin, cos)
+        inverse = torch.stack((*row_x, *row_y), dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
         shift = inverse @ (2 * torch.stack((right, down), dim=1)).unsqueeze(2)
         return torch.cat((inverse, -shift), dim=2)
 
@@ -390,47 +390,49 @@ def predict_image(model, image, temperature=1.0):
     Raises ValueError if the image cannot be read, or does not show one digit.
     """
     model_input = _mnist_form(_find_digit(_small_grey(image)))
-    like = next(model.parameters(), torch.empty(0))  # of the model's dtype, on its device
-    data = (torch.from_numpy(model_input).to(like) / 255 - MEAN) / STD
+    weight = next(model.parameters(), torch.empty(0))  # has the model's dtype and device
+    data = (torch.from_numpy(model_input).to(weight) / 255 - MEAN) / STD
     batch = data[None, None], torch.zeros(1)  # (1, 1, 28, 28), and a label that is not used
-    (digit,), (probabilities,), _ = predict(model, like.device, [batch], temperature)
-    return int(digit), probabilities, model_input
+    digits, probabilities, _ = predict(model, weight.device, [batch], temperature)
+    return int(digits[0]), probabilities[0], model_input
 
 
 def _small_grey(image):
-    """Return an image's greys, upright, its longer side 200 pixels, as a PIL image."""
+    """Return an image in grey and upright, its longer side 200 pixels, as a PIL image."""
     try:
         if isinstance(image, np.ndarray | torch.Tensor):
             array = np.atleast_3d(np.asarray(image, np.float32).squeeze())
             channels = np.argmin(array.shape)  # the shortest axis
-            image = Image.fromarray(array.mean(axis=channels))
-        elif not isinstance(image, Image.Image):
-            image = Image.open(image)
-        image = ImageOps.exif_transpose(image)
+            photo = Image.fromarray(array.mean(axis=channels))
+        else:
+            photo = image if isinstance(image, Image.Image) else Image.open(image)
+        photo = ImageOps.exif_transpose(photo)
     except Exception as error:  # Pillow's are of many types
         raise ValueError(f"cannot read the image '{image}': {error}") from error
-    if image.has_transparency_data:  # on grey, black ink and white ink can both be seen
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image.convert("RGBA"))
-    return ImageOps.contain(image.convert("F"), (200, 200))
+    if photo.has_transparency_data:  # on grey, black ink and white ink can both be seen
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "grey"), photo.convert("RGBA"))
+    return ImageOps.contain(photo.convert("F"), (200, 200))
 
 
 def _find_digit(grey):
     """Return the mask (H, W) of the digit in a grey PIL image."""
-    middle = np.outer(*(np.hanning(side + 2)[1:-1] for side in grey.size[::-1]))
+    rows, columns = np.hanning(grey.height + 2)[1:-1], np.hanning(grey.width + 2)[1:-1]
+    middle = np.outer(rows, columns)  # a weight: 1 in the middle, nearly 0 at the border
     for ink in _ink_masks(grey, middle):
         labels = measure.label(ink)
         inside = segmentation.clear_border(labels)  # without the parts that the border cuts
-        weight = np.bincount(labels.flat, (middle * ink).flat)  # of parts: large and central ones
+        weight = np.bincount(labels.flat, (middle * ink).flat)  # of each part: large and central
         parts = sorted(measure.regionprops(labels), key=lambda part: -weight[part.label])
         digit = next((part for part in parts if _may_be_digit(part, inside)), None)
         if digit is None:
             continue
         mask = (inside > 0) | (labels == digit.label)
         groups = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # gaps of up to 8
-        group = groups == groups[tuple(digit.coords[0])]  # the digit and what is near it
+        group = groups == groups[tuple(digit.coords[0])]  # the digit and the strokes near it
         for part in parts:
+            is_near = group[tuple(part.coords[0])]
             is_large = part.label in inside and weight[part.label] > 0.2 * weight[digit.label]
-            if is_large and _is_another_digit(part, digit, is_near=group[tuple(part.coords[0])]):
+            if is_large and _is_another_digit(part, digit, is_near):
                 raise ValueError("found several digits in the image: crop it to one of them")
         return group
     raise ValueError("found no digit in the image: expected one, with some paper around it")
@@ -441,30 +443,30 @@ def _ink_masks(grey, middle):
     # A median over most of a tiny copy is the paper without the ink, with its shades and shadows.
     tiny = grey.resize((40, 40), Image.Resampling.BOX)
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
-    grey = np.asarray(grey)
-    ink = ndimage.gaussian_filter(np.asarray(paper, float) - grey, 0.7)
-    ink *= np.sign((middle * ink**3).sum())  # far from the paper: now it is positive, dark or light
-    faintest = 0.06 * np.abs(grey).max()
+    pixels = np.asarray(grey)
+    ink = ndimage.gaussian_filter(np.asarray(paper, float) - pixels, 0.7)
+    ink *= np.sign((middle * ink**3).sum())  # positive also if light; strong pixels decide
+    faintest = 0.06 * np.abs(pixels).max()
     threshold = filters.threshold_otsu(ink)
-    for contrast in (1, 1.5, 1.5):
+    for contrast in (1, 1.5, 1.5):  # later masks must stand out more
         mask = filters.apply_hysteresis_threshold(ink, 0.7 * threshold, threshold)
         noise = 3 * ink[~mask].std()
         if mask.any() and ink[mask].mean() > contrast * max(faintest, noise):
             yield mask
-        threshold = filters.threshold_otsu(ink[ink >= threshold])  # those were shades or lines
-    if np.ptp(grey) > faintest:
-        yield from _cut_out_masks(grey)
+        threshold = filters.threshold_otsu(ink[ink >= threshold])  # without shades and ruled lines
+    if np.ptp(pixels) > faintest:
+        yield from _cut_out_masks(pixels)
 
 
-def _cut_out_masks(grey):
-    """Yield masks of a digit cut out by its bounding box, where the median finds no paper."""
-    dark = grey < filters.threshold_otsu(grey)
-    if np.corrcoef(dark.flat, grey.flat)[0, 1] >= -0.85:
-        return  # not black and white
-    labels = measure.label(dark.astype(int), background=-1)  # of dark parts and of light ones
+def _cut_out_masks(pixels):
+    """Yield masks of a digit that fills its image, so that the median finds no paper."""
+    dark = pixels < filters.threshold_otsu(pixels)
+    if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:  # it is -1 for two greys alone
+        return
+    labels = measure.label(dark.astype(int), background=-1)  # numbers the light parts, too
     for part in measure.regionprops(labels):
-        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]
-        is_cut_out = np.subtract(grey.shape, part.image.shape).max() < 3  # touches all four sides
+        is_cut_out = np.subtract(pixels.shape, part.image.shape).max() < 3  # reaches all four sides
+        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]  # of its box: a digit has few
         if is_cut_out and corners.sum() < 3:
             yield labels == part.label
 
@@ -476,28 +478,29 @@ def _may_be_digit(part, inside):
     if side < 8 or width > 3 * height or holes > 3:
         return False
     thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
-    is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # touches all four sides
+    is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # reaches all four sides
     is_blob = thickness * part.solidity >= (0.5 if is_cut_out else 0.35) * side
-    is_shadow = part.label not in inside and not is_cut_out and part.solidity >= 0.7
-    return not (is_blob or is_shadow)
+    is_whole = part.label in inside or is_cut_out  # not cut by the border, as shadows are
+    return not is_blob and (is_whole or part.solidity < 0.7)
 
 
 def _is_another_digit(part, digit, is_near):
-    """Return whether a part is no stroke of `digit`, which is within 8 pixels if it `is_near`."""
+    """Return whether a part is a digit of its own. `is_near`: at most 8 pixels from `digit`."""
     top, left, bottom, right = digit.bbox
     is_beside = part.bbox[3] <= left or part.bbox[1] >= right
     is_above_or_below = part.bbox[2] <= top or part.bbox[0] >= bottom
     height = len(part.image) / len(digit.image)
-    if is_near:
+    if is_near:  # it is a stroke, unless beside the digit and as tall
         return is_beside and 0.8 < height < 1.25
     return (is_beside or is_above_or_below) and height > 0.6
 
 
 def _mnist_form(digit):
-    """Scale a digit's mask to 20 pixels, its centre of mass in the middle of uint8 (28, 28)."""
-    scale = max(np.ptp(np.nonzero(digit), axis=1) + 1) / 20
+    """Scale a digit's mask to 20 pixels and centre its mass in a uint8 image (28, 28)."""
+    rows, columns = np.nonzero(digit)
+    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # its pixels in one of the result
     soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
-    corner = np.array(ndimage.center_of_mass(soft)) - scale * 27 / 2  # 0 … 27 has its middle there
+    corner = np.array(ndimage.center_of_mass(soft)) - 13.5 * scale  # 13.5: the middle of 0 to 27
     image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (28, 28), order=1)
     return (255 * image / image.max()).round().astype(np.uint8)
 
@@ -512,12 +515,13 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
         epochs = range(1, len(losses) + 1)
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, acc, ".-", label=f"{name} {acc[-1]:.2f} %")
-    # The scale of the accuracy widens towards 100 %: it is nearly the logarithm of the error.
-    bottom = 100.1 - 1.1 * (100.1 - min(*train_acc, *test_acc))
-    widen, narrow = lambda x: -np.log(100.1 - x), lambda y: 100.1 - np.exp(-y)
-    right.set_yscale("function", functions=(widen, narrow))
+    top = 100.1  # above 100, where the logarithm of the error would be infinite
+    bottom = top - 1.1 * (top - min(*train_acc, *test_acc))
+    right.set_ylim(bottom, 100.02)
+    widen, narrow = lambda acc: -np.log(top - acc), lambda y: top - np.exp(-y)
+    right.set_yscale("function", functions=(widen, narrow))  # wider towards 100 %
     ticks = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100)
-    right.set(yticks=[tick for tick in ticks if tick >= bottom], ylim=(bottom, 100.02))
+    right.set_yticks([tick for tick in ticks if tick >= bottom])
     right.yaxis.set_major_formatter("{x:g}")
     for axes, name in ((left, "loss"), (right, "accuracy (%)")):
         axes.set(xlabel="epoch", ylabel=name)
@@ -543,7 +547,7 @@ def plot_images(images, titles):
 
 def plot_sample_data(data_loader):
     """Plot up to 24 images of the first batch, as the model sees them, with their labels."""
-    with torch.random.fork_rng(devices=[]):  # a loader draws from the run's random numbers
+    with torch.random.fork_rng(devices=[]):  # a loader draws random numbers: leave the run's alone
         images, labels = next(iter(data_loader))
     if isinstance(labels, torch.Tensor):
         labels = labels.reshape(len(images)).tolist()
@@ -578,7 +582,7 @@ def plot_prediction(image, probabilities, model_input, classes):
     right.invert_yaxis()
 
 
-# --- checkpoints
+# --- checkpoints, and several processes
 
 
 def save_checkpoint(path, epoch, hyperparameters, **state):
@@ -593,7 +597,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # fails now, not later
+    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # or keep the old file
     try:
         with open(f"{path}.new", "wb") as file:
             file.write(buffer.getbuffer())
@@ -601,7 +605,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
             os.fsync(file.fileno())
         os.replace(f"{path}.new", path)  # at once, or not at all
     finally:
-        Path(f"{path}.new").unlink(missing_ok=True)  # if the disk is full
+        Path(f"{path}.new").unlink(missing_ok=True)  # if writing failed
 
 
 def load_checkpoint(path, hyperparameters, **state):
@@ -633,11 +637,8 @@ def load_checkpoint(path, hyperparameters, **state):
     return checkpoint["epoch"]
 
 
-# --- several processes, started by torchrun
-
-
 def init_distributed():
-    """Join the processes of `torchrun`, if any. Return this one's GPU, or else the CPU."""
+    """Join torchrun's processes, if any, and return this one's device: its own GPU or the CPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return get_device()
     if not torch.cuda.is_available():
@@ -706,7 +707,7 @@ def drawing_pad(model, classes, temperature=1.0):
         _esm = PAD_SCRIPT
         drawing = traitlets.Unicode().tag(sync=True)  # a PNG, as a data URL
 
-    model = copy.deepcopy(model)  # Jupyter may answer while a cell trains it
+    model = copy.deepcopy(model)  # a copy: Jupyter may answer while a cell trains it
     pad, output = Pad(), Output()
 
     @output.capture(clear_output=True, wait=True)
@@ -714,12 +715,11 @@ def drawing_pad(model, classes, temperature=1.0):
         image = Image.open(io.BytesIO(base64.b64decode(pad.drawing.split(",")[1])))
         try:
             digit, probabilities, model_input = predict_image(model, image, temperature)
+            plot_prediction(image, probabilities, model_input, classes)
+            plt.suptitle(classes[digit])
+            plt.show()
         except ValueError as error:
             print(error)
-            return
-        plot_prediction(image, probabilities, model_input, classes)
-        plt.suptitle(classes[digit])
-        plt.show()
 
     pad.observe(answer, "drawing")
     return VBox([pad, output])

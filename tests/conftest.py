@@ -5,11 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time; before torch is imported
 
-import papermill
-import pytest
-import torch
-import torch.nn as nn
-from nbconvert import PythonExporter
+import pytest  # torch is imported below: the process that only starts the others needs none
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for two processes, on a machine with fewer GPUs
@@ -21,9 +17,13 @@ EPOCH = re.compile(  # a line that the notebook prints
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest, so that no process is left alone with them."""
-    longest = "test_notebook.py", "test_distributed.py", "test_checkpoint.py"
-    items.sort(key=lambda item: item.path.name not in longest)
+    """Begin with the slow tests: one process has the first half of the list, one the second."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if item not in slow]
+    first = [item for item in slow if item.path.name == "test_notebook.py"]
+    second = [item for item in slow if item not in first]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = first + quick[:middle] + second + quick[middle:]
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +39,9 @@ def mnist_root():
 @pytest.fixture
 def linear():
     """A small model without batch norm: its outputs do not depend on the batch."""
+    import torch
+    from torch import nn
+
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10), nn.LogSoftmax(dim=1))
 
@@ -46,6 +49,8 @@ def linear():
 @pytest.fixture
 def samples():
     """250 images as they enter a model, with labels."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(250, 1, 28, 28, generator=generator)
     return torch.utils.data.TensorDataset(images, torch.arange(250) % 10)
@@ -79,6 +84,11 @@ def damage(content, generator):
 
 
 def export(**parameters):
-    """Export the notebook with other parameters as S5.py."""
+    """Export the notebook with other parameters as S5.py, up to the final accuracy."""
+    import papermill  # takes seconds, and the processes of test_checkpoint import this file
+    from nbconvert import PythonExporter
+
     notebook = papermill.execute_notebook("S5.ipynb", None, parameters, prepare_only=True)
+    last = next(i for i, cell in enumerate(notebook.cells) if "Final test" in cell.source)
+    notebook.cells = notebook.cells[: last + 1]
     Path("S5.py").write_text(PythonExporter().from_notebook_node(notebook)[0])

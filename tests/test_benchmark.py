@@ -17,6 +17,7 @@ def result(name, accuracy, seconds, **others):
     return {"name": name, "accuracy": accuracy, "seconds": seconds, **usual, **others}
 
 
+@pytest.mark.slow
 def test_trains_what_the_notebook_trains(folder, capsys):
     export(DATASET="digits", EPOCHS=2, SEED=3)
     assert f"\nEPOCHS = {benchmark.EPOCHS}  #" in Path("S5.py").read_text()
@@ -26,6 +27,7 @@ def test_trains_what_the_notebook_trains(folder, capsys):
     assert (f"{run['train_loss']:.4f}", f"{run['accuracy']:.2f}") == (loss, accuracy)
 
 
+@pytest.mark.slow
 def test_interrupted_quick_benchmark_continues_and_prints_a_table(tmp_path, monkeypatch, capsys):
     path = tmp_path / "benchmark.json"
     classic = result(CLASSIC, None, 9.0, epochs=20, timed_epochs=1)

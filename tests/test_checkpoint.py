@@ -63,8 +63,7 @@ class Run:
             self.save(0)
         parts = self.model, "cpu", self.loader, self.optimizer, F.cross_entropy
         for epoch in range(self.load() + 1, EPOCHS + 1):
-            utils.set_seed(epoch)
-            self.loader.epoch = epoch - 1
+            utils.set_seed(0, epoch)
             self.losses += utils.train(*parts, scheduler=self.scheduler, verbose=False)
             self.save(epoch)
 
@@ -106,6 +105,7 @@ def train_until_killed(path):
     run.go()
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
     """Kill runs again and again at random moments, most of them while saving."""
     context = multiprocessing.get_context("forkserver")

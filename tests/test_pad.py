@@ -1,6 +1,7 @@
 import base64
 import io
 
+import pytest
 from conftest import ROOT
 from jupyter_client.manager import run_kernel
 from PIL import Image, ImageDraw
@@ -24,6 +25,7 @@ def png(*strokes):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+@pytest.mark.slow
 def test_the_pad_answers_with_a_picture_or_says_why_it_does_not():
     drawings = [f"pad.children[0].drawing = {png(*strokes)!r}" for strokes in (SEVEN, ())]
     messages = []
