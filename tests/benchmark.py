@@ -98,9 +98,6 @@ def classic_notebook(data, device):
 REFERENCES = {EXAMPLE: (pytorch_example, 14), CLASSIC: (classic_notebook, 20)}
 
 
-# --- one run
-
-
 def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     """Train once, for `timed_epochs` of the recipe's `epochs`, and return the figures.
 
@@ -130,9 +127,6 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     job = {"name": name, "epochs": epochs, "seed": seed, "timed_epochs": timed_epochs}
     figures = {"train_loss": loss, "accuracy": accuracy, "seconds": seconds * epochs / timed_epochs}
     return {**job, **figures, "parameters": sum(weight.numel() for weight in model.parameters())}
-
-
-# --- all runs
 
 
 def header(data):

@@ -17,13 +17,8 @@ EPOCH = re.compile(  # a line that the notebook prints
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the slow tests: one process has the first half of the list, one the second."""
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    quick = [item for item in items if item not in slow]
-    first = [item for item in slow if item.path.name == "test_notebook.py"]
-    second = [item for item in slow if item not in first]
-    middle = max(0, len(items) // 2 - len(first))
-    items[:] = first + quick[:middle] + second + quick[middle:]
+    """Begin with the longest tests, so that no process is left alone with them."""
+    items.sort(key=lambda item: item.path.name != "test_notebook.py")
 
 
 @pytest.fixture(scope="session")

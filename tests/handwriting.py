@@ -33,6 +33,7 @@ KINDS = (  # of photos: what disturbs each of them
 ).split(", ")
 PENS = {"thick pen": (0.08, 0.13), "thin pen": (0.012, 0.02)}  # of a digit's height
 USUAL_PEN = 0.025, 0.07
+SEVEN = [[(0.3, 0.25), (0.7, 0.25)], [(0.7, 0.25), (0.45, 0.8)]]  # for `sheet`
 
 # Ways of writing each digit: strokes, separated by "/", of points "x,y" in a box of 100 by 150
 # with y pointing down
@@ -100,6 +101,12 @@ def draw(size, parts, width, over=4):
         for x, y in (path[0], path[-1]):
             pen.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=255)
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BOX), float) / 255
+
+
+def sheet(strokes, width, side):
+    """Draw strokes, whose points are given in 0 to 1, with dark ink on a square sheet of paper."""
+    parts = [np.array(stroke, float) * side for stroke in strokes]
+    return to_image(1 - 0.9 * draw((side, side), parts, width))
 
 
 def to_image(values):
@@ -228,9 +235,6 @@ def taken(picture, kinds, rng):
         picture.save(buffer, "JPEG", quality=int(rng.integers(15, 40)))
         picture = Image.open(buffer).convert("L")
     return picture
-
-
-# --- how much of it is recognised
 
 
 def recognise(net, image):

@@ -76,12 +76,9 @@ def finished(tmp_path_factory):
     return run
 
 
-# --- saving and resuming
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("here, there", [("cpu", "cuda"), ("cuda", "cpu")])
-def test_other_device(tmp_path, samples, here, there):
+def test_a_checkpoint_moves_to_another_device(tmp_path, samples, here, there):
     loader, runs = [samples[:]], []
     for device in (here, there):
         model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).to(device)

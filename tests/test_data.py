@@ -34,9 +34,6 @@ def write_dataset(root, name, counts=(30, 20)):
         write_idx(folder / f"{split}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
 
 
-# --- load_data
-
-
 @pytest.mark.parametrize("data_dir, place", [("", "data"), ("~/there", "there")])
 def test_a_set_is_read_from_disk(tmp_path, monkeypatch, offline, data_dir, place):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -78,7 +75,7 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path, of
 
 
 @pytest.mark.parametrize("answer", ["", "503 Busy", "200 OK\r\n\r\nPlease log in"])
-def test_whatever_a_server_answers(tmp_path, monkeypatch, answer):
+def test_an_answer_without_data_is_an_error_or_a_warning(tmp_path, monkeypatch, answer):
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
             while self.rfile.readline().strip():  # the request
@@ -129,7 +126,7 @@ def test_damaged_files_are_refused_and_never_replaced(published, tmp_path, mnist
     assert refused > 0 and len(utils.load_data("MNIST", tmp_path)[0]) == 60_000
 
 
-def test_digits():
+def test_digits_have_mnists_form_and_none_is_there_twice():
     train_data, test_data = utils.load_data("digits")
     images = torch.cat((train_data.data, test_data.data))
     assert images.shape == (1437 + 360, 28, 28) and images.dtype == torch.uint8
@@ -141,9 +138,6 @@ def test_digits():
     train_data.transform = ToTensor()
     images, labels = next(iter(DataLoader(train_data, 5)))
     assert images.shape == (5, 1, 28, 28) and labels.tolist() == train_data.targets[:5].tolist()
-
-
-# --- BatchLoader
 
 
 def numbered(count):
@@ -194,17 +188,16 @@ def test_a_pass_is_a_function_of_seed_and_epoch():
 def test_default_dtype_and_device_change_no_pass():
     expected = augmented_pass(0)
     torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")  # whose tensors hold no numbers
     try:
-        images = augmented_pass(0)
+        with torch.device("meta"):  # whose tensors hold no numbers
+            images = augmented_pass(0)
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert images.dtype == torch.float32 and torch.equal(images, expected)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
-def test_subset(kind):
+def test_a_subset_of_a_subset_yields_the_chosen_samples(kind):
     chosen = Subset(Subset(numbered(50), range(10, 50)), kind([0, 5, 39]))
     (images, labels), *rest = BatchLoader(chosen, 10)
     assert labels.tolist() == numbers(images).tolist() == [10, 15, 49] and not rest
@@ -233,14 +226,8 @@ def test_wrong_arguments_fail_where_they_are_given():
     for wrong in ({"degrees": -7}, {"translate": 0.1}, {"scale": (0, 1)}):
         with pytest.raises((TypeError, ValueError)):
             RandomAffine(**{"degrees": 7, **wrong})
-
-
-def test_affine_ranges_may_be_numbers_or_pairs():
-    samples = []
-    for augment in (RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))):
-        torch.manual_seed(0)
-        samples.append(augment.sample(9))
-    assert torch.equal(*samples)
+    forms = RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))
+    assert torch.equal(*((torch.manual_seed(0), form.sample(9))[1] for form in forms))
 
 
 @pytest.mark.parametrize(

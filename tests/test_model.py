@@ -37,7 +37,6 @@ def test_it_can_be_traced_and_exported():
 def test_it_can_be_exported_to_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     torch.onnx.export(Net().eval(), (torch.randn(3, 1, 28, 28),), tmp_path / "net.onnx")
-    assert (tmp_path / "net.onnx").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

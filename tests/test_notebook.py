@@ -8,11 +8,12 @@ import sys
 import warnings
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EPOCH, ROOT, export
-from PIL import Image, ImageDraw
+from handwriting import SEVEN, sheet
 
 import utils
 from model import Net
@@ -47,9 +48,7 @@ def check_run(notebook, dataset, epochs):
 
 
 @pytest.mark.slow
-def test_an_epoch_of_the_notebook_on_mnist_reaches_98_percent(
-    folder, mnist_root, monkeypatch, capsys
-):
+def test_one_epoch_on_mnist_reaches_98_percent(folder, mnist_root, monkeypatch, capsys):
     monkeypatch.setenv("DATA_DIR", str(mnist_root))
     export(EPOCHS=1)
     runpy.run_path("S5.py")
@@ -114,27 +113,18 @@ def test_a_stopped_and_resumed_run_prints_and_saves_the_same(folder):
     assert torch.equal(weights(), expected)
 
 
-def committed_notebook():
-    import nbformat
-
-    return nbformat.read(ROOT / "S5.ipynb", as_version=4)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
 def test_setup_clones_the_repository(tmp_path):
-    source = code_cells(committed_notebook())[0].source
+    source = code_cells(nbformat.read(ROOT / "S5.ipynb", as_version=4))[0].source
     source = source.replace('REPO_URL = ""', f'REPO_URL = "{ROOT}"')
     for _ in range(2):  # the second time as after a restart of the kernel
         subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True)
     assert (tmp_path / "mnist" / "S5.ipynb").exists()
 
 
-# --- what is committed
-
-
 def test_committed_notebook_is_one_clean_run_on_mnist():
-    notebook = committed_notebook()
+    notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     (loop,) = [cell for cell in cells if "for epoch in" in cell.source]
@@ -147,6 +137,7 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     assert f"{accuracy:.2f} %" in readme and f"{parameters['EPOCHS']} epochs" in readme
 
 
+@pytest.mark.slow
 def test_committed_weights_are_as_good_as_the_readme_says(mnist_root):
     net = Net()
     net.load_state_dict(torch.load(ROOT / ".assets" / "model.pt", weights_only=True))
@@ -159,9 +150,7 @@ def test_readme_examples_run(folder, capsys):
     readme = (ROOT / "README.md").read_text()
     with_weights, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     shutil.copytree(ROOT / ".assets", ".assets")
-    photo = Image.new("L", (300, 300), "white")
-    ImageDraw.Draw(photo).line([(70, 70), (220, 65), (140, 240)], "black", width=14)
-    photo.save("photo.jpg")
+    sheet(SEVEN, 14, 300).save("photo.jpg")
     exec(with_weights, {})
     assert re.fullmatch(r"7 0\.\d+\n", capsys.readouterr().out)
     with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST

@@ -52,7 +52,7 @@ def test_a_figure_is_left_open_to_be_saved(name):
     assert plt.get_fignums() == [1, 2]
 
 
-def test_train_metrics():
+def test_the_curves_are_labelled_with_their_last_values():
     loss_axes, accuracy_axes = plot("train_metrics")
     for axes, name, expected in (
         (loss_axes, "loss", {"train 0.2500": [0.5, 0.25], "test 0.1250": [0.4, 0.125]}),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT
+from handwriting import SEVEN, sheet
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from torch.utils.data import DataLoader
@@ -27,9 +28,6 @@ def test_predict_is_in_the_loaders_order(linear, samples):
     torch.testing.assert_close(sharp, expected**2 / (expected**2).sum(dim=1, keepdim=True))
 
 
-# --- predict_image: what it recognises
-
-
 @pytest.fixture(scope="module")
 def net():
     """Net with the committed weights."""
@@ -49,26 +47,19 @@ def test_handwriting_of_each_kind_is_recognised(net, kind):
     assert correct >= 9
 
 
-@pytest.mark.parametrize("is_cut_out", [False, True])
-def test_mnists_digits_are_recognised(net, mnist_root, is_cut_out):
+@pytest.mark.slow
+def test_mnists_digits_are_recognised_whole_and_cut_out_by_their_bounding_box(net, mnist_root):
     train_data, _ = utils.load_data("MNIST", mnist_root)
-    correct = 0
+    correct = correct_cut_out = 0
     for image, label in zip(train_data.data[:50].numpy(), train_data.targets, strict=False):
-        if is_cut_out:  # by its bounding box, without any paper around it
-            large = np.asarray(Image.fromarray(image).resize((280, 280), Image.Resampling.BICUBIC))
-            rows, columns = (large > 127).nonzero()
-            image = 255 - large[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        large = np.asarray(Image.fromarray(image).resize((280, 280), Image.Resampling.BICUBIC))
+        rows, columns = (large > 127).nonzero()
+        cut_out = 255 - large[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         correct += handwriting.recognise(net, image) == label
-    assert correct >= 49
+        correct_cut_out += handwriting.recognise(net, cut_out) == label
+    assert correct >= 49 and correct_cut_out >= 49
 
 
-def sheet(points, width, side):
-    """A square sheet of paper with strokes of dark ink, whose points are given in 0 to 1."""
-    strokes = [np.array(stroke, float) * side for stroke in points]
-    return handwriting.to_image(1 - 0.9 * handwriting.draw((side, side), strokes, width))
-
-
-SEVEN = [[(0.3, 0.25), (0.7, 0.25)], [(0.7, 0.25), (0.45, 0.8)]]
 FRAME = [[(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9), (0.1, 0.1)]]
 
 
@@ -89,9 +80,6 @@ def test_shades_and_lines_are_not_the_digit(net):
         image = handwriting.photo(index % 10, np.random.default_rng((index, *b"all")), "all")
         correct += handwriting.recognise(net, image) == index % 10
     assert correct >= 5
-
-
-# --- predict_image: what it takes and returns
 
 
 class Same(nn.Module):

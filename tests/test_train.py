@@ -34,7 +34,7 @@ def run(function, model, loader, criterion, *lists):
     return test(model, "cpu", loader, criterion, *lists)
 
 
-def test_get_correct_pred_count():
+def test_correct_predictions_are_counted_as_an_int():
     pred = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
     count = utils.get_correct_pred_count(pred, torch.tensor([1, 1, 1]))
     assert count == 2 and type(count) is int
@@ -119,7 +119,7 @@ def test_no_step_waits_for_the_device(linear, samples, function):
     assert reads.count < 10
 
 
-def test_modes(samples):
+def test_train_and_test_set_the_mode_of_the_model(samples):
     model, modes = Net().eval(), []
     model.register_forward_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
     loader = DataLoader(samples, 250)
@@ -155,8 +155,6 @@ def test_a_bar_is_shown_if_someone_can_see_it(linear, samples, monkeypatch, caps
     printed = capsys.readouterr().out
     assert ("test:   0%" in printed) == someone and "test: loss" in printed
 
-
-# --- what is refused
 
 IMAGES, LABELS = torch.zeros(4, 1, 28, 28), torch.arange(4)
 
