@@ -537,7 +537,7 @@ def plot_images(images, titles):
         images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
-    rows = max(1, math.ceil(len(images) / 8))
+    rows = max(1, math.ceil(len(images) / 8))  # of 1.53 inches: 11 / 8 for an image, and its title
     _, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
     plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):

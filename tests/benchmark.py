@@ -53,7 +53,7 @@ NOTE = (  # on how to read the table
 )
 NORMALIZE = T.Normalize(0.1307, 0.3081)  # MNIST's mean and standard deviation
 
-# --- recipes: model, loader, optimizer, criterion and scheduler
+# The recipes: each returns a model, loader, optimizer, criterion and scheduler.
 
 
 def ours(data, device, epochs):
@@ -99,10 +99,7 @@ REFERENCES = {EXAMPLE: (pytorch_example, 14), CLASSIC: (classic_notebook, 20)}
 
 
 def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
-    """Train once, for `timed_epochs` of the recipe's `epochs`, and return the figures.
-
-    Where these differ, `seconds` is an estimate for all epochs and `accuracy` is None.
-    """
+    """Train and test, or only estimate the seconds of all `epochs` from those of `timed_epochs`."""
     device = get_device()
     train_data, test_data = load_data(dataset)
     set_seed(seed)

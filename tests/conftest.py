@@ -10,9 +10,8 @@ import pytest  # torch is imported below: the process that only starts the other
 ROOT = Path(__file__).parent.parent
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for two processes, on a machine with fewer GPUs
 EPOCH = re.compile(  # a line that the notebook prints
-    r"^Epoch +(\d+)/(\d+) train loss ([\d.]+) accuracy ([\d.]+) %"
-    r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$",
-    re.MULTILINE,
+    r"(?m)^Epoch +(\d+)/(\d+) train loss ([\d.]+) accuracy ([\d.]+) %"
+    r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$"
 )
 
 

@@ -36,7 +36,6 @@ USUAL_PEN = 0.025, 0.07
 SEVEN = [[(0.3, 0.25), (0.7, 0.25)], [(0.7, 0.25), (0.45, 0.8)]]  # for `sheet`
 
 # Ways of writing each digit: strokes, separated by "/", of points "x,y" in a box of 100 by 150
-# with y pointing down
 WAYS = """
 0  50,0 15,20 0,75 15,130 50,150 85,130 100,75 85,20 50,0
 0  60,5 20,25 5,80 30,145 75,135 95,80 80,20 45,5
@@ -132,9 +131,8 @@ def scan(digit, rng):
         side = rng.choice([-1, 1])
         other = [part * tall / 1.5 for part in strokes(rng.integers(10), rng)]
         edge = (width - rng.uniform(3, 12)) if side > 0 else rng.uniform(3, 12)
-        other = [
-            part + [edge - reach(other, -side), centre[1] + rng.normal(0, 6)] for part in other
-        ]
+        x = edge - reach(other, -side)
+        other = [part + [x, centre[1] + rng.normal(0, 6)] for part in other]
         widest = max(np.abs(part[:, 0] - centre[0]).max() for part in parts)
         if (edge - centre[0]) * side > widest + 5:
             ink = np.maximum(ink, draw((height, width), other, pen))
@@ -220,10 +218,8 @@ def taken(picture, kinds, rng):
         shift = np.abs(rng.uniform(-0.1, 0.1, 8) * np.array([width, height] * 4))
         corners = np.array([0, 0, 0, height, width, height, width, 0])
         inwards = np.array([1, 1, 1, -1, -1, -1, -1, 1])
-        quad = tuple(corners + inwards * shift)
-        picture = picture.transform(
-            picture.size, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC
-        )
+        quad = Image.Transform.QUAD, tuple(corners + inwards * shift)
+        picture = picture.transform(picture.size, *quad, Image.Resampling.BICUBIC)
     if "blur" in kinds:
         radius = float(rng.uniform(0.003, 0.008) * height)
         picture = picture.filter(ImageFilter.GaussianBlur(radius))

@@ -1,7 +1,4 @@
-"""Checkpoints: whole, safe, and bit-exact to resume from.
-
-The long forms: KILLS=50 FUZZ=1000 pytest -n 0 -s -k "killed or damaged"
-"""
+"""The README gives the long form of the tests of killed runs and damaged checkpoints."""
 
 import io
 import multiprocessing

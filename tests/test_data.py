@@ -213,9 +213,7 @@ def test_what_would_be_left_out_or_normalised_twice_is_refused(name, value):
     dataset = numbered(5)
     setattr(dataset, name, value)
     for data in (dataset, Subset(dataset, [0, 1])):
-        with pytest.raises(
-            ValueError, match="expected uint8 images .* N labels|without a transform"
-        ):
+        with pytest.raises(ValueError, match="expected uint8 images|without a transform"):
             BatchLoader(data, 2)
 
 
@@ -249,6 +247,6 @@ def test_affine_is_torchvisions(degrees, translate, scale, shear):
     drawn = [torch.empty(20).uniform_(*each).tolist() for each in limits]
     for i, (angle, right, down, factor, slant) in enumerate(zip(*drawn, strict=True)):
         shift, shear_xy = [28 * right, 28 * down], [slant, 0.0]
-        image = images[i, None] / 255
-        expected = affine(image, angle, shift, factor, shear_xy, InterpolationMode.BILINEAR)
+        parameters = angle, shift, factor, shear_xy, InterpolationMode.BILINEAR
+        expected = affine(images[i, None] / 255, *parameters)
         torch.testing.assert_close(transformed[i], expected, atol=1e-4, rtol=1e-4)
