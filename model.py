@@ -35,6 +35,6 @@ class Net(nn.Module):
         x = F.relu(self.norm1(self.pool1(self.conv1(x))))  # (N, 16, 12, 12)
         x = F.relu(self.norm2(self.pool2(self.conv2(x))))  # (N, 48, 5, 5)
         x = F.relu(self.norm3(self.conv3(x)))  # (N, 96, 3, 3)
-        x = x.reshape(x.shape[0], -1)  # (N, 864)
+        x = x.reshape(x.shape[0], 96 * 3 * 3)  # (N, 864)
         x = F.relu(self.fc1(x))  # (N, 64)
         return F.log_softmax(self.fc2(x), dim=1)  # (N, num_classes)

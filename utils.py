@@ -40,12 +40,11 @@ def get_device():
 
 
 def set_seed(seed, epoch=None):
-    """Seed all random numbers for a run or for one epoch of it, which resumed runs then repeat."""
+    """Seed all random numbers for a run, or for one `epoch` so that a resumed run repeats it."""
     if epoch is not None:  # mixed, not added: seed 0 in epoch 1 is not seed 1 in epoch 0
-        mixed = np.random.SeedSequence((seed, epoch))
-        seed = int(mixed.generate_state(1, np.uint64)[0])
+        seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # NumPy takes 32 bits only
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
 
@@ -65,8 +64,8 @@ def train(
 ):  # fmt: skip
     """Train `model` for one epoch and return its mean loss and its accuracy in percent.
 
-    Both are measured before each optimizer step and averaged over the samples of all processes. If
-    there are several, all must call this.
+    Both are means over the samples of all processes, taken before each optimizer step. If there are
+    several processes, all must call this, and gradients are averaged as well.
 
     model: on `device`; its output has shape (N, classes).
     train_loader: any iterable of batches (data, target), with N integer labels in `target`.
@@ -147,24 +146,23 @@ def get_correct_pred_count(pred, target):
 
 
 def _count_correct(output, target):
-    """Count as `get_correct_pred_count` does, in a tensor, without waiting for the device."""
+    """Like `get_correct_pred_count`, but as a tensor, so that nothing waits for the device."""
     if target.shape != output.shape[:1]:  # (N, 1) would be compared with every row
         raise ValueError(f"expected {len(output)} class numbers, got {tuple(target.shape)}")
     return (output.argmax(dim=1) == target).sum()
 
 
 class RunningMetrics:
-    """Mean loss and accuracy over the samples of a pass. `update` never waits for the device."""
+    """Mean loss and accuracy of a pass, in float64 if the device has it, and without waiting."""
 
     def __init__(self, device, criterion, losses=None, accuracies=None):
         # Look up `append` now: a scheduler passed by mistake fails here, not after the epoch.
         self.append_loss = [].append if losses is None else losses.append
         self.append_accuracy = [].append if accuracies is None else accuracies.append
-        function = getattr(criterion, "func", criterion)  # of a functools.partial
-        keywords = getattr(criterion, "keywords", {})
-        self.is_sum = "sum" in (keywords.get("reduction"), getattr(function, "reduction", None))
-        has_float64 = torch.device(device).type in ("cpu", "cuda")  # other devices may not
-        dtype = torch.float64 if has_float64 else torch.float32
+        inner = getattr(criterion, "func", None)  # of a functools.partial
+        reductions = getattr(criterion, "reduction", None), getattr(inner, "reduction", None)
+        self.is_sum = "sum" in (*reductions, getattr(criterion, "keywords", {}).get("reduction"))
+        dtype = torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
         self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct, samples
 
     def update(self, loss, output, target):
@@ -191,9 +189,9 @@ class RunningMetrics:
 
 
 class CudaGraph:
-    """A function of tensors, without a result, that is recorded once and then replayed.
+    """A function of tensors, without a result, that is recorded and then replayed.
 
-    The first batch of a new shape runs as usual, the second is recorded, and all others replay it.
+    The first batch of a new shape runs as usual; the second is recorded; it and later ones replay.
     The function must do the same for every batch and must not wait for the device.
     """
 
@@ -207,16 +205,13 @@ class CudaGraph:
             return
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in batch]  # every replay reads these
-            self.graph = torch.cuda.CUDAGraph()  # recording computes nothing yet
-            stream = torch.cuda.Stream(batch[0].device)
+            self.graph = torch.cuda.CUDAGraph()  # below, "thread_local": other threads may use CUDA
+            stream = torch.cuda.Stream(batch[0].device)  # on the batch's GPU, not the current one
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.function(*self.inputs)
+                self.function(*self.inputs)  # only records: nothing is computed yet
         for recorded, tensor in zip(self.inputs, batch, strict=True):
             recorded.copy_(tensor)
         self.graph.replay()
-
-
-# --- data
 
 
 def load_data(name="auto", root=None):
@@ -253,12 +248,11 @@ def load_data(name="auto", root=None):
         raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
     finally:
         if dist.is_initialized() and dist.get_rank() == 0:
-            dist.barrier()
+            dist.barrier()  # let the others start
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
     digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
-    largest = max(data.targets.max() for data in pair)  # all that is checked of KMNIST
-    if DIGESTS.get(name, digest) != digest or largest > 9:
-        raise ValueError(damaged)
+    if digest != DIGESTS.get(name, digest) or max(data.targets.max() for data in pair) > 9:
+        raise ValueError(damaged)  # KMNIST has no digest above, but its labels end at 9
     for data in pair:
         data.name = name
         data.classes = [label.split(" - ")[0] for label in data.classes]  # "7", not "7 - seven"
@@ -266,7 +260,7 @@ def load_data(name="auto", root=None):
 
 
 class Digits(datasets.MNIST):
-    """scikit-learn's 8×8 digits in MNIST's form: 1,437 for training, 360 for test; far easier."""
+    """scikit-learn's 8×8 digits in MNIST's form: 1,437 to train and 360 to test; far easier."""
 
     def __init__(self, root, train=True, download=False):
         from sklearn.datasets import load_digits
@@ -288,8 +282,8 @@ class BatchLoader:
 
     Yields `(images, labels)` on `device`: float32 images (N, 1, H, W), normalised by MEAN and STD,
     and int64 labels (N,). The last batch may be smaller. Order and augmentation come from PyTorch's
-    random numbers: see `set_seed`. With several processes, a loader that shuffles gives each a part
-    of every batch, leaving out up to `world_size - 1` samples; any other gives all to each.
+    random numbers: see `set_seed`. Several processes share each batch of a loader that shuffles, so
+    all must iterate over it; up to `world_size - 1` samples are left out. Others give all to each.
 
     dataset: has `.data` (uint8, N×H×W), `.targets` (N integers) and no transform; or a `Subset`.
     augment: a `RandomAffine`, for square images.
@@ -297,32 +291,38 @@ class BatchLoader:
 
     def __init__(self, dataset, batch_size, *, device="cpu", shuffle=False, augment=None):
         images, targets = _images_and_targets(dataset)
-        self.rank, self.world_size = 0, 1
-        if shuffle and dist.is_initialized():
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if batch_size < 1 or batch_size % self.world_size > 0:
-            raise ValueError(f"cannot split batches of {batch_size} by {self.world_size} processes")
-        self.dataset, self.shuffle, self.augment = dataset, shuffle, augment
-        self.shard_size = batch_size // self.world_size  # this process's part of a batch
-        self.images = images.unsqueeze(1).to(device)
-        self.targets = targets.long().to(device)
+        self.images, self.targets = images.unsqueeze(1).to(device), targets.long().to(device)
+        self.dataset, self.batch_size = dataset, batch_size
+        self.shuffle, self.augment = shuffle, augment
+        self._share()  # checks the batch size
+
+    def _share(self):
+        """Return this process's rank, the number of processes and this one's part of a batch."""
+        rank, world_size = 0, 1
+        if self.shuffle and dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        size, rest = divmod(self.batch_size, world_size)
+        if not isinstance(size, int) or size < 1 or rest > 0:
+            raise ValueError(f"cannot split batches of {self.batch_size} by {world_size} processes")
+        return rank, world_size, size
 
     def __len__(self):
-        return math.ceil(len(self.images) // self.world_size / self.shard_size)
+        _, world_size, size = self._share()
+        return math.ceil(len(self.images) // world_size / size)
 
     def __iter__(self):
-        count, device, size = len(self.images), self.images.device, self.shard_size
+        rank, world_size, size = self._share()
+        count, device = len(self.images), self.images.device
         order = torch.arange(count, device="cpu")
         if self.shuffle:
             order = torch.randperm(count, device="cpu")  # the same on every device
-        if self.world_size > 1:
+        if world_size > 1:
             orders = [order]
             dist.broadcast_object_list(orders)  # all processes use the order of the first
             order = orders[0]
-        shard = slice(self.rank, count - count % self.world_size, self.world_size)  # of equal size
-        order = order[shard].to(device)
+        order = order[rank::world_size][: count // world_size].to(device)  # all get equally many
         if self.augment:
-            matrices = self.augment.sample(count)[shard].to(device)
+            matrices = self.augment.sample(count)[rank::world_size][: len(order)].to(device)
         for start in range(0, len(order), CHUNK * size):
             chunk = slice(start, start + CHUNK * size)
             images, labels = self.images[order[chunk]].float(), self.targets[order[chunk]]
@@ -334,7 +334,7 @@ class BatchLoader:
 
 
 def _images_and_targets(dataset):
-    """Return `.data` (N, H, W) and `.targets` (N,) of a dataset, or those of a `Subset`."""
+    """Return `.data` (N, H, W) and `.targets` (N,), or the part of them that a `Subset` selects."""
     if isinstance(dataset, Subset):
         images, targets = _images_and_targets(dataset.dataset)
         indices = torch.as_tensor(dataset.indices, dtype=torch.long, device="cpu")
@@ -350,7 +350,7 @@ def _images_and_targets(dataset):
 
 
 class RandomAffine(transforms.RandomAffine):
-    """Like torchvision's, with new random parameters for each image. Shear is along x only."""
+    """Random parameters as torchvision's, but for each image: `sample`. Shear is along x only."""
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
@@ -365,8 +365,8 @@ class RandomAffine(transforms.RandomAffine):
         right, down = (draw(-limit, limit) for limit in self.translate)
         scale, tan = draw(*self.scale), draw(*self.shear).deg2rad().tan()
         cos, sin = angle.cos(), angle.sin()
-        # An image is sheared by [[1, -tan], [0, 1]], rotated by [[cos, -sin], [sin, cos]], scaled
-        # and shifted. F.affine_grid wants the inverse, in coordinates from -1 to 1.
+        # F.affine_grid wants the way back: shift back, rotate by [[cos, sin], [-sin, cos]], shear
+        # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1: hence 2 *.
         row_x, row_y = (cos - sin * tan, sin + cos * tan), (-sin, cos)
         inverse = torch.stack((*row_x, *row_y), dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
         shift = inverse @ (2 * torch.stack((right, down), dim=1)).unsqueeze(2)
@@ -374,7 +374,7 @@ class RandomAffine(transforms.RandomAffine):
 
 
 # --- one photo or scan
-# The limits were chosen on MNIST's training digits and on drawings as in tests/handwriting.py.
+# All limits were chosen on MNIST's training digits and on drawings of tests/handwriting.py.
 
 
 def predict_image(model, image, temperature=1.0):
@@ -402,12 +402,12 @@ def _small_grey(image):
     try:
         if isinstance(image, np.ndarray | torch.Tensor):
             array = np.atleast_3d(np.asarray(image, np.float32).squeeze())
-            channels = np.argmin(array.shape)  # the shortest axis
-            photo = Image.fromarray(array.mean(axis=channels))
+            axis = np.argmin(array.shape)  # the shortest is that of the channels
+            photo = Image.fromarray(array.mean(axis))
         else:
             photo = image if isinstance(image, Image.Image) else Image.open(image)
         photo = ImageOps.exif_transpose(photo)
-    except Exception as error:  # Pillow's are of many types
+    except Exception as error:  # Pillow raises errors of many types
         raise ValueError(f"cannot read the image '{image}': {error}") from error
     if photo.has_transparency_data:  # on grey, black ink and white ink can both be seen
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "grey"), photo.convert("RGBA"))
@@ -416,22 +416,21 @@ def _small_grey(image):
 
 def _find_digit(grey):
     """Return the mask (H, W) of the digit in a grey PIL image."""
-    rows, columns = np.hanning(grey.height + 2)[1:-1], np.hanning(grey.width + 2)[1:-1]
-    middle = np.outer(rows, columns)  # a weight: 1 in the middle, nearly 0 at the border
+    middle = np.outer(np.hanning(grey.height + 2), np.hanning(grey.width + 2))[1:-1, 1:-1]
     for ink in _ink_masks(grey, middle):
         labels = measure.label(ink)
-        inside = segmentation.clear_border(labels)  # without the parts that the border cuts
-        weight = np.bincount(labels.flat, (middle * ink).flat)  # of each part: large and central
-        parts = sorted(measure.regionprops(labels), key=lambda part: -weight[part.label])
+        inside = segmentation.clear_border(labels)  # the labels of parts clear of the border
+        weights = np.bincount(labels.flat, (middle * ink).flat)  # of parts: large and central
+        parts = sorted(measure.regionprops(labels), key=lambda part: -weights[part.label])
         digit = next((part for part in parts if _may_be_digit(part, inside)), None)
         if digit is None:
             continue
-        mask = (inside > 0) | (labels == digit.label)
-        groups = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # gaps of up to 8
+        mask = (inside > 0) | (labels == digit.label)  # without what the border cuts
+        groups = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # joins gaps up to 8
         group = groups == groups[tuple(digit.coords[0])]  # the digit and the strokes near it
         for part in parts:
             is_near = group[tuple(part.coords[0])]
-            is_large = part.label in inside and weight[part.label] > 0.2 * weight[digit.label]
+            is_large = part.label in inside and weights[part.label] > 0.2 * weights[digit.label]
             if is_large and _is_another_digit(part, digit, is_near):
                 raise ValueError("found several digits in the image: crop it to one of them")
         return group
@@ -439,14 +438,14 @@ def _find_digit(grey):
 
 
 def _ink_masks(grey, middle):
-    """Yield masks of what may be ink, from faint to strong; at last, of a digit without paper."""
+    """Yield masks of what may be ink, ever stricter; at last, of a digit that fills the image."""
     # A median over most of a tiny copy is the paper without the ink, with its shades and shadows.
     tiny = grey.resize((40, 40), Image.Resampling.BOX)
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     pixels = np.asarray(grey)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - pixels, 0.7)
-    ink *= np.sign((middle * ink**3).sum())  # positive also if light; strong pixels decide
-    faintest = 0.06 * np.abs(pixels).max()
+    ink *= np.sign((middle * ink**3).sum())  # flips light ink; cubed, so that strong pixels decide
+    faintest = 0.06 * np.abs(pixels).max()  # the least contrast of ink with its paper
     threshold = filters.threshold_otsu(ink)
     for contrast in (1, 1.5, 1.5):  # later masks must stand out more
         mask = filters.apply_hysteresis_threshold(ink, 0.7 * threshold, threshold)
@@ -454,19 +453,19 @@ def _ink_masks(grey, middle):
         if mask.any() and ink[mask].mean() > contrast * max(faintest, noise):
             yield mask
         threshold = filters.threshold_otsu(ink[ink >= threshold])  # without shades and ruled lines
-    if np.ptp(pixels) > faintest:
+    if np.ptp(pixels) > faintest:  # not a blank page
         yield from _cut_out_masks(pixels)
 
 
 def _cut_out_masks(pixels):
     """Yield masks of a digit that fills its image, so that the median finds no paper."""
     dark = pixels < filters.threshold_otsu(pixels)
-    if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:  # it is -1 for two greys alone
-        return
+    if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:
+        return  # many greys: two alone give -1
     labels = measure.label(dark.astype(int), background=-1)  # numbers the light parts, too
     for part in measure.regionprops(labels):
         is_cut_out = np.subtract(pixels.shape, part.image.shape).max() < 3  # reaches all four sides
-        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]  # of its box: a digit has few
+        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]  # of its box: paper has most
         if is_cut_out and corners.sum() < 3:
             yield labels == part.label
 
@@ -479,26 +478,26 @@ def _may_be_digit(part, inside):
         return False
     thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
     is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # reaches all four sides
-    is_blob = thickness * part.solidity >= (0.5 if is_cut_out else 0.35) * side
-    is_whole = part.label in inside or is_cut_out  # not cut by the border, as shadows are
-    return not is_blob and (is_whole or part.solidity < 0.7)
+    is_blob = thickness * part.solidity >= (0.5 if is_cut_out else 0.35) * side  # thick and filled
+    is_whole = part.label in inside or is_cut_out  # the border does not cut it
+    return not is_blob and (is_whole or part.solidity < 0.7)  # a cut, compact part is a shadow
 
 
 def _is_another_digit(part, digit, is_near):
-    """Return whether a part is a digit of its own. `is_near`: at most 8 pixels from `digit`."""
+    """Return whether a part is another digit. `is_near`: it is in the group around `digit`."""
     top, left, bottom, right = digit.bbox
     is_beside = part.bbox[3] <= left or part.bbox[1] >= right
     is_above_or_below = part.bbox[2] <= top or part.bbox[0] >= bottom
-    height = len(part.image) / len(digit.image)
+    relative_height = len(part.image) / len(digit.image)
     if is_near:  # it is a stroke, unless beside the digit and as tall
-        return is_beside and 0.8 < height < 1.25
-    return (is_beside or is_above_or_below) and height > 0.6
+        return is_beside and 0.8 < relative_height < 1.25
+    return (is_beside or is_above_or_below) and relative_height > 0.6
 
 
 def _mnist_form(digit):
     """Scale a digit's mask to 20 pixels and centre its mass in a uint8 image (28, 28)."""
     rows, columns = np.nonzero(digit)
-    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # its pixels in one of the result
+    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # pixels of the mask per pixel
     soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
     corner = np.array(ndimage.center_of_mass(soft)) - 13.5 * scale  # 13.5: the middle of 0 to 27
     image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (28, 28), order=1)
@@ -537,7 +536,7 @@ def plot_images(images, titles):
         images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
-    rows = max(1, math.ceil(len(images) / 8))  # of 1.53 inches: 11 / 8 for an image, and its title
+    rows = max(1, math.ceil(len(images) / 8))  # 1.53 inches high: image 11 / 8, the rest is title
     _, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
     plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
@@ -547,7 +546,7 @@ def plot_images(images, titles):
 
 def plot_sample_data(data_loader):
     """Plot up to 24 images of the first batch, as the model sees them, with their labels."""
-    with torch.random.fork_rng(devices=[]):  # a loader draws random numbers: leave the run's alone
+    with torch.random.fork_rng(devices=[]):  # the loader must not use up the run's numbers
         images, labels = next(iter(data_loader))
     if isinstance(labels, torch.Tensor):
         labels = labels.reshape(len(images)).tolist()
@@ -561,7 +560,7 @@ def plot_sample_data(data_loader):
 def plot_misclassified(images, predictions, probabilities, targets, classes):
     """Plot up to 24 of the images (N, H, W) that `predict` got wrong, the most confident first."""
     predictions, targets = np.asarray(predictions), np.asarray(targets)
-    percent = 100 * np.asarray(probabilities).max(axis=1)
+    percent = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
     wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])
     names = [
         f"{classes[targets[i]]} → {classes[predictions[i]]}, {percent[i]:.0f} %" for i in wrong
@@ -597,7 +596,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # or keep the old file
+    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # fails before replacing
     try:
         with open(f"{path}.new", "wb") as file:
             file.write(buffer.getbuffer())
@@ -695,7 +694,7 @@ export default { render({ model, el }) {
 
 
 def drawing_pad(model, classes, temperature=1.0):
-    """Return a widget that recognises a drawn digit or a photo with the weights `model` has now."""
+    """Return a widget that recognises a drawn or uploaded digit with a copy of `model` made now."""
     if not is_interactive():
         print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
         return None
@@ -707,7 +706,7 @@ def drawing_pad(model, classes, temperature=1.0):
         _esm = PAD_SCRIPT
         drawing = traitlets.Unicode().tag(sync=True)  # a PNG, as a data URL
 
-    model = copy.deepcopy(model)  # a copy: Jupyter may answer while a cell trains it
+    model = copy.deepcopy(model)  # Jupyter may answer while a cell trains the original
     pad, output = Pad(), Output()
 
     @output.capture(clear_output=True, wait=True)
@@ -715,11 +714,12 @@ def drawing_pad(model, classes, temperature=1.0):
         image = Image.open(io.BytesIO(base64.b64decode(pad.drawing.split(",")[1])))
         try:
             digit, probabilities, model_input = predict_image(model, image, temperature)
-            plot_prediction(image, probabilities, model_input, classes)
-            plt.suptitle(classes[digit])
-            plt.show()
         except ValueError as error:
             print(error)
+            return
+        plot_prediction(image, probabilities, model_input, classes)
+        plt.suptitle(classes[digit])
+        plt.show()
 
     pad.observe(answer, "drawing")
     return VBox([pad, output])

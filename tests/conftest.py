@@ -33,10 +33,9 @@ def mnist_root():
 @pytest.fixture
 def linear():
     """A small model without batch norm: its outputs do not depend on the batch."""
-    import torch
-    from torch import nn
+    from torch import manual_seed, nn
 
-    torch.manual_seed(0)
+    manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10), nn.LogSoftmax(dim=1))
 
 

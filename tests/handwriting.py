@@ -273,8 +273,7 @@ def main():
     print("| kind | digits | recognised correctly (%) |\n|---|---|---|")
     with Pool(initializer=load) as pool:
         for kind, count in counts.items():
-            jobs = [(kind, index) for index in range(count)]
-            correct = sum(pool.starmap(is_correct, jobs, chunksize=10))
+            correct = sum(pool.starmap(is_correct, [(kind, i) for i in range(count)], chunksize=10))
             print(f"| {kind} | {count:,} | {100 * correct / count:.1f} |", flush=True)
 
 
