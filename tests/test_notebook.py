@@ -129,12 +129,12 @@ def test_committed_notebook_is_one_clean_run_on_mnist():
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     (loop,) = [cell for cell in cells if "for epoch in" in cell.source]
     assert len(loop.outputs) == 1  # the lines of all epochs, in one block
-    parameters = {}
     (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    exec(tagged.source, parameters)
+    exec(tagged.source, parameters := {})
     accuracy = check_run(notebook, "MNIST", parameters["EPOCHS"])
     readme = (ROOT / "README.md").read_text()
     assert f"{accuracy:.2f} %" in readme and f"{parameters['EPOCHS']} epochs" in readme
+    assert set(EPOCH.findall(readme)) < set(EPOCH.findall(stdout(notebook)))  # what a run prints
 
 
 @pytest.mark.slow
