@@ -218,7 +218,7 @@ def test_what_would_be_left_out_or_normalised_twice_is_refused(name, value):
 
 
 def test_wrong_arguments_fail_where_they_are_given():
-    for batch_size in (0, -1, 12.5):
+    for batch_size in (0, -1, 12.0, 12.5):
         with pytest.raises(ValueError, match=f"cannot split batches of {batch_size} "):
             BatchLoader(numbered(5), batch_size)
     for wrong in ({"degrees": -7}, {"translate": 0.1}, {"scale": (0, 1)}):

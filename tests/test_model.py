@@ -39,7 +39,7 @@ def test_it_can_be_traced_and_exported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (5, 1, 32, 32), (4, 1, 16, 16)]
+    "shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (9, 1, 32, 32), (4, 1, 16, 16)]
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_another_shape_is_refused(shape, training):
