@@ -153,15 +153,15 @@ def _count_correct(output, target):
 
 
 class RunningMetrics:
-    """Mean loss and accuracy of a pass, in float64 if the device has it, and without waiting."""
+    """Mean loss and accuracy of a pass; `update` never waits. In float64 on CPU and CUDA only."""
 
     def __init__(self, device, criterion, losses=None, accuracies=None):
-        # Look up `append` now: a scheduler passed by mistake fails here, not after the epoch.
+        # Taken now: what is not a list, such as a scheduler in its place, fails before the epoch.
         self.append_loss = [].append if losses is None else losses.append
         self.append_accuracy = [].append if accuracies is None else accuracies.append
-        inner = getattr(criterion, "func", None)  # of a functools.partial
-        reductions = getattr(criterion, "reduction", None), getattr(inner, "reduction", None)
-        self.is_sum = "sum" in (*reductions, getattr(criterion, "keywords", {}).get("reduction"))
+        inner = criterion.func if hasattr(criterion, "keywords") else criterion
+        keywords = getattr(criterion, "keywords", {})  # both of a functools.partial
+        self.is_sum = keywords.get("reduction", getattr(inner, "reduction", None)) == "sum"
         dtype = torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
         self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct, samples
 
@@ -222,7 +222,7 @@ def load_data(name="auto", root=None):
         warning if MNIST cannot be downloaded. What was loaded is in `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
 
-    Raises ValueError if the files are damaged, RuntimeError if they cannot be downloaded.
+    Raises ValueError for an unknown name or damaged files, RuntimeError if the download fails.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
     if name == "auto":
@@ -238,7 +238,7 @@ def load_data(name="auto", root=None):
     folder = root / name / "raw"
     damaged = f"the files in '{folder}' are damaged: delete them to download them again"
     if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # wait until the first process has downloaded
+        dist.barrier()  # the first downloads meanwhile, and gets here in `finally`
     try:
         pair = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises errors of many types
@@ -248,10 +248,10 @@ def load_data(name="auto", root=None):
         raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
     finally:
         if dist.is_initialized() and dist.get_rank() == 0:
-            dist.barrier()  # let the others start
+            dist.barrier()  # lets the others start
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
     digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
-    if digest != DIGESTS.get(name, digest) or max(data.targets.max() for data in pair) > 9:
+    if (name in DIGESTS and digest != DIGESTS[name]) or max(d.targets.max() for d in pair) > 9:
         raise ValueError(damaged)  # KMNIST has no digest above, but its labels end at 9
     for data in pair:
         data.name = name
@@ -282,8 +282,8 @@ class BatchLoader:
 
     Yields `(images, labels)` on `device`: float32 images (N, 1, H, W), normalised by MEAN and STD,
     and int64 labels (N,). The last batch may be smaller. Order and augmentation come from PyTorch's
-    random numbers: see `set_seed`. Several processes share each batch of a loader that shuffles, so
-    all must iterate over it; up to `world_size - 1` samples are left out. Others give all to each.
+    random numbers: see `set_seed`. Of several processes, each gets all batches or, if shuffled, its
+    part of each batch: then all must iterate, and up to `world_size - 1` samples are left out.
 
     dataset: has `.data` (uint8, N×H×W), `.targets` (N integers) and no transform; or a `Subset`.
     augment: a `RandomAffine`, for square images.
@@ -313,16 +313,16 @@ class BatchLoader:
     def __iter__(self):
         rank, world_size, size = self._share()
         count, device = len(self.images), self.images.device
-        order = torch.arange(count, device="cpu")
-        if self.shuffle:
-            order = torch.randperm(count, device="cpu")  # the same on every device
+        draw_order = torch.randperm if self.shuffle else torch.arange
+        order = draw_order(count, device="cpu")  # the same for every kind of GPU
         if world_size > 1:
             orders = [order]
-            dist.broadcast_object_list(orders)  # all processes use the order of the first
+            dist.broadcast_object_list(orders)  # the first process's; NCCL sends no CPU tensors
             order = orders[0]
-        order = order[rank::world_size][: count // world_size].to(device)  # all get equally many
+        mine = slice(rank, count // world_size * world_size, world_size)  # equally many for each
+        order = order[mine].to(device)
         if self.augment:
-            matrices = self.augment.sample(count)[rank::world_size][: len(order)].to(device)
+            matrices = self.augment.sample(count)[mine].to(device)
         for start in range(0, len(order), CHUNK * size):
             chunk = slice(start, start + CHUNK * size)
             images, labels = self.images[order[chunk]].float(), self.targets[order[chunk]]
@@ -350,7 +350,7 @@ def _images_and_targets(dataset):
 
 
 class RandomAffine(transforms.RandomAffine):
-    """Random parameters as torchvision's, but for each image: `sample`. Shear is along x only."""
+    """torchvision's arguments; `sample` draws for each image by itself. Shear is along x only."""
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
@@ -367,10 +367,10 @@ class RandomAffine(transforms.RandomAffine):
         cos, sin = angle.cos(), angle.sin()
         # F.affine_grid wants the way back: shift back, rotate by [[cos, sin], [-sin, cos]], shear
         # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1: hence 2 *.
-        row_x, row_y = (cos - sin * tan, sin + cos * tan), (-sin, cos)
+        row_x, row_y = (cos - sin * tan, sin + cos * tan), (-sin, cos)  # of shear @ rotation
         inverse = torch.stack((*row_x, *row_y), dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-        shift = inverse @ (2 * torch.stack((right, down), dim=1)).unsqueeze(2)
-        return torch.cat((inverse, -shift), dim=2)
+        offset = -inverse @ torch.stack((2 * right, 2 * down), dim=1).unsqueeze(2)  # (count, 2, 1)
+        return torch.cat((inverse, offset), dim=2)
 
 
 # --- one photo or scan
@@ -417,21 +417,21 @@ def _small_grey(image):
 def _find_digit(grey):
     """Return the mask (H, W) of the digit in a grey PIL image."""
     middle = np.outer(np.hanning(grey.height + 2), np.hanning(grey.width + 2))[1:-1, 1:-1]
-    for ink in _ink_masks(grey, middle):
-        labels = measure.label(ink)
-        inside = segmentation.clear_border(labels)  # the labels of parts clear of the border
-        weights = np.bincount(labels.flat, (middle * ink).flat)  # of parts: large and central
+    for ink_mask in _ink_masks(grey, middle):
+        labels = measure.label(ink_mask)
+        inside = segmentation.clear_border(labels)  # labels, but 0 in parts that the border cuts
+        weights = np.bincount(labels.flat, (middle * ink_mask).flat)  # by label: large and central
         parts = sorted(measure.regionprops(labels), key=lambda part: -weights[part.label])
         digit = next((part for part in parts if _may_be_digit(part, inside)), None)
         if digit is None:
             continue
-        mask = (inside > 0) | (labels == digit.label)  # without what the border cuts
-        groups = measure.label(morphology.isotropic_dilation(mask, 4)) * mask  # joins gaps up to 8
+        mask = (inside > 0) | (labels == digit.label)
+        wide = morphology.isotropic_dilation(mask, 4)  # closes gaps of up to 8 pixels
+        groups = measure.label(wide) * mask
         group = groups == groups[tuple(digit.coords[0])]  # the digit and the strokes near it
         for part in parts:
-            is_near = group[tuple(part.coords[0])]
             is_large = part.label in inside and weights[part.label] > 0.2 * weights[digit.label]
-            if is_large and _is_another_digit(part, digit, is_near):
+            if is_large and _is_another_digit(part, digit, is_near=group[tuple(part.coords[0])]):
                 raise ValueError("found several digits in the image: crop it to one of them")
         return group
     raise ValueError("found no digit in the image: expected one, with some paper around it")
@@ -444,15 +444,15 @@ def _ink_masks(grey, middle):
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     pixels = np.asarray(grey)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - pixels, 0.7)
-    ink *= np.sign((middle * ink**3).sum())  # flips light ink; cubed, so that strong pixels decide
+    ink *= np.sign((middle * ink**3).sum())  # makes light ink positive; **3: strong pixels decide
     faintest = 0.06 * np.abs(pixels).max()  # the least contrast of ink with its paper
     threshold = filters.threshold_otsu(ink)
     for contrast in (1, 1.5, 1.5):  # later masks must stand out more
         mask = filters.apply_hysteresis_threshold(ink, 0.7 * threshold, threshold)
-        noise = 3 * ink[~mask].std()
-        if mask.any() and ink[mask].mean() > contrast * max(faintest, noise):
+        noise = ink[~mask].std()
+        if mask.any() and ink[mask].mean() > contrast * max(faintest, 3 * noise):
             yield mask
-        threshold = filters.threshold_otsu(ink[ink >= threshold])  # without shades and ruled lines
+        threshold = filters.threshold_otsu(ink[ink >= threshold])  # higher: drops shades, lines
     if np.ptp(pixels) > faintest:  # not a blank page
         yield from _cut_out_masks(pixels)
 
@@ -461,11 +461,11 @@ def _cut_out_masks(pixels):
     """Yield masks of a digit that fills its image, so that the median finds no paper."""
     dark = pixels < filters.threshold_otsu(pixels)
     if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:
-        return  # many greys: two alone give -1
+        return  # not black and white: two pure greys give -1, many greys are nearer to 0
     labels = measure.label(dark.astype(int), background=-1)  # numbers the light parts, too
     for part in measure.regionprops(labels):
-        is_cut_out = np.subtract(pixels.shape, part.image.shape).max() < 3  # reaches all four sides
-        corners = part.image[[0, 0, -1, -1], [0, -1, 0, -1]]  # of its box: paper has most
+        is_cut_out = np.subtract(pixels.shape, part.image.shape).max() < 3  # its box ≈ the image
+        corners = part.image[np.ix_([0, -1], [0, -1])]  # paper fills 3 or 4 of them
         if is_cut_out and corners.sum() < 3:
             yield labels == part.label
 
@@ -476,10 +476,10 @@ def _may_be_digit(part, inside):
     side, holes = max(height, width), 1 - part.euler_number
     if side < 8 or width > 3 * height or holes > 3:
         return False
-    thickness = 2 * ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 2
-    is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # reaches all four sides
-    is_blob = thickness * part.solidity >= (0.5 if is_cut_out else 0.35) * side  # thick and filled
-    is_whole = part.label in inside or is_cut_out  # the border does not cut it
+    radius = ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 1  # at its thickest
+    is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # its box ≈ the image
+    is_blob = 2 * radius * part.solidity >= (0.5 if is_cut_out else 0.35) * side
+    is_whole = part.label in inside or is_cut_out  # `inside`: labels that the border does not cut
     return not is_blob and (is_whole or part.solidity < 0.7)  # a cut, compact part is a shadow
 
 
@@ -514,11 +514,11 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
         epochs = range(1, len(losses) + 1)
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, acc, ".-", label=f"{name} {acc[-1]:.2f} %")
-    top = 100.1  # above 100, where the logarithm of the error would be infinite
-    bottom = top - 1.1 * (top - min(*train_acc, *test_acc))
-    right.set_ylim(bottom, 100.02)
-    widen, narrow = lambda acc: -np.log(top - acc), lambda y: top - np.exp(-y)
-    right.set_yscale("function", functions=(widen, narrow))  # wider towards 100 %
+    limit = 100.1  # the scale's infinity: above 100 %, so that 100 % can be drawn
+    bottom = limit - 1.1 * (limit - min(*train_acc, *test_acc))  # the worst, and 10 % more
+    right.set_ylim(bottom, 100.02)  # leaves room for a marker at 100 %
+    to_axis, from_axis = (lambda acc: -np.log(limit - acc)), (lambda y: limit - np.exp(-y))
+    right.set_yscale("function", functions=(to_axis, from_axis))  # wider towards 100 %
     ticks = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100)
     right.set_yticks([tick for tick in ticks if tick >= bottom])
     right.yaxis.set_major_formatter("{x:g}")
@@ -536,7 +536,7 @@ def plot_images(images, titles):
         images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
-    rows = max(1, math.ceil(len(images) / 8))  # 1.53 inches high: image 11 / 8, the rest is title
+    rows = max(1, math.ceil(len(images) / 8))  # each 1.53 inches: 11 / 8 of image, the rest title
     _, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
     plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
@@ -596,7 +596,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # fails before replacing
+    torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # unreadable? fail now
     try:
         with open(f"{path}.new", "wb") as file:
             file.write(buffer.getbuffer())
