@@ -153,14 +153,14 @@ def _count_correct(output, target):
 
 
 class RunningMetrics:
-    """Mean loss and accuracy of a pass; `update` never waits. In float64 on CPU and CUDA only."""
+    """Mean loss and accuracy of a pass. `update` never waits for the device."""
 
     def __init__(self, device, criterion, losses=None, accuracies=None):
         # Taken now: what is not a list, such as a scheduler in its place, fails before the epoch.
         self.append_loss = [].append if losses is None else losses.append
         self.append_accuracy = [].append if accuracies is None else accuracies.append
-        inner = criterion.func if hasattr(criterion, "keywords") else criterion
-        keywords = getattr(criterion, "keywords", {})  # both of a functools.partial
+        keywords = getattr(criterion, "keywords", {})  # of a functools.partial
+        inner = criterion.func if hasattr(criterion, "keywords") else criterion  # the loss in it
         self.is_sum = keywords.get("reduction", getattr(inner, "reduction", None)) == "sum"
         dtype = torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
         self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct, samples
@@ -238,7 +238,7 @@ def load_data(name="auto", root=None):
     folder = root / name / "raw"
     damaged = f"the files in '{folder}' are damaged: delete them to download them again"
     if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # the first downloads meanwhile, and gets here in `finally`
+        dist.barrier()  # until the first has downloaded: its barrier is in `finally`
     try:
         pair = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises errors of many types
@@ -297,7 +297,7 @@ class BatchLoader:
         self._share()  # checks the batch size
 
     def _share(self):
-        """Return this process's rank, the number of processes and this one's part of a batch."""
+        """Return rank, processes and samples of each in a batch; unshuffled, each has them all."""
         rank, world_size = 0, 1
         if self.shuffle and dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -322,7 +322,7 @@ class BatchLoader:
         mine = slice(rank, count // world_size * world_size, world_size)  # equally many for each
         order = order[mine].to(device)
         if self.augment:
-            matrices = self.augment.sample(count)[mine].to(device)
+            matrices = self.augment.sample(count)[mine].to(device)  # as one process would draw them
         for start in range(0, len(order), CHUNK * size):
             chunk = slice(start, start + CHUNK * size)
             images, labels = self.images[order[chunk]].float(), self.targets[order[chunk]]
@@ -350,7 +350,7 @@ def _images_and_targets(dataset):
 
 
 class RandomAffine(transforms.RandomAffine):
-    """torchvision's arguments; `sample` draws for each image by itself. Shear is along x only."""
+    """torchvision's `RandomAffine`, with a `sample` that draws for each image. Shear is along x."""
 
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
@@ -367,8 +367,8 @@ class RandomAffine(transforms.RandomAffine):
         cos, sin = angle.cos(), angle.sin()
         # F.affine_grid wants the way back: shift back, rotate by [[cos, sin], [-sin, cos]], shear
         # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1: hence 2 *.
-        row_x, row_y = (cos - sin * tan, sin + cos * tan), (-sin, cos)  # of shear @ rotation
-        inverse = torch.stack((*row_x, *row_y), dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
+        rows = cos - sin * tan, sin + cos * tan, -sin, cos  # of shear @ rotation, row by row
+        inverse = (torch.stack(rows, dim=1) / scale.unsqueeze(1)).view(-1, 2, 2)
         offset = -inverse @ torch.stack((2 * right, 2 * down), dim=1).unsqueeze(2)  # (count, 2, 1)
         return torch.cat((inverse, offset), dim=2)
 
@@ -425,9 +425,9 @@ def _find_digit(grey):
         digit = next((part for part in parts if _may_be_digit(part, inside)), None)
         if digit is None:
             continue
-        mask = (inside > 0) | (labels == digit.label)
+        mask = (inside > 0) | (labels == digit.label)  # the digit, and parts clear of the border
         wide = morphology.isotropic_dilation(mask, 4)  # closes gaps of up to 8 pixels
-        groups = measure.label(wide) * mask
+        groups = measure.label(wide) * mask  # parts that `wide` joins share a number
         group = groups == groups[tuple(digit.coords[0])]  # the digit and the strokes near it
         for part in parts:
             is_large = part.label in inside and weights[part.label] > 0.2 * weights[digit.label]
@@ -444,7 +444,7 @@ def _ink_masks(grey, middle):
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     pixels = np.asarray(grey)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - pixels, 0.7)
-    ink *= np.sign((middle * ink**3).sum())  # makes light ink positive; **3: strong pixels decide
+    ink *= np.sign((middle * ink**3).sum())  # dark is > 0; this flips light ink (**3: strong wins)
     faintest = 0.06 * np.abs(pixels).max()  # the least contrast of ink with its paper
     threshold = filters.threshold_otsu(ink)
     for contrast in (1, 1.5, 1.5):  # later masks must stand out more
@@ -461,12 +461,12 @@ def _cut_out_masks(pixels):
     """Yield masks of a digit that fills its image, so that the median finds no paper."""
     dark = pixels < filters.threshold_otsu(pixels)
     if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:
-        return  # not black and white: two pure greys give -1, many greys are nearer to 0
+        return  # a photo: two greys alone would give -1, a smooth range of them is nearer to 0
     labels = measure.label(dark.astype(int), background=-1)  # numbers the light parts, too
     for part in measure.regionprops(labels):
-        is_cut_out = np.subtract(pixels.shape, part.image.shape).max() < 3  # its box ≈ the image
-        corners = part.image[np.ix_([0, -1], [0, -1])]  # paper fills 3 or 4 of them
-        if is_cut_out and corners.sum() < 3:
+        fills_image = np.subtract(pixels.shape, part.image.shape).max() < 3  # or nearly
+        corners = part.image[np.ix_([0, -1], [0, -1])]  # that it covers; paper covers 3 or 4
+        if fills_image and corners.sum() < 3:
             yield labels == part.label
 
 
@@ -476,11 +476,11 @@ def _may_be_digit(part, inside):
     side, holes = max(height, width), 1 - part.euler_number
     if side < 8 or width > 3 * height or holes > 3:
         return False
-    radius = ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 1  # at its thickest
-    is_cut_out = np.subtract(inside.shape, part.image.shape).max() < 3  # its box ≈ the image
-    is_blob = 2 * radius * part.solidity >= (0.5 if is_cut_out else 0.35) * side
-    is_whole = part.label in inside or is_cut_out  # `inside`: labels that the border does not cut
-    return not is_blob and (is_whole or part.solidity < 0.7)  # a cut, compact part is a shadow
+    radius = ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 1  # 0 for a thin line
+    fills_image = np.subtract(inside.shape, part.image.shape).max() < 3  # or nearly
+    is_blob = 2 * radius * part.solidity >= (0.5 if fills_image else 0.35) * side  # thick, compact
+    is_whole = part.label in inside or fills_image  # else the border cuts it
+    return not is_blob and (is_whole or part.solidity < 0.7)  # cut and compact: a shadow
 
 
 def _is_another_digit(part, digit, is_near):

@@ -3,9 +3,9 @@
     python tests/benchmark.py               # everything in full: hours on two cores
     python tests/benchmark.py --quick       # trains one epoch of the references, to estimate times
 
-Each run is a process of its own, and the recipes take turns, so that a slow minute of the machine
-hits all of them alike. A run trains on all 60,000 images and reads the test set once, at its end.
-Seconds are those of the training loop, without imports, reading and copying data, and evaluation.
+Each run is a process of its own, and the recipes take turns, so that a slow minute hits all alike.
+A run trains on all 60,000 images and reads the test set once, at its end. Seconds are those of the
+training loop, on a GPU with CUDA's start-up, without imports, copying the data, and evaluation.
 
 Results are saved after each run, in runs/benchmark.json; start an interrupted benchmark again and
 it continues from there. --add takes other such files: of another dataset, for rows of their own, or
