@@ -297,7 +297,7 @@ class BatchLoader:
         self._share()  # checks the batch size
 
     def _share(self):
-        """Return rank, processes and samples of each in a batch; unshuffled, each has them all."""
+        """Return rank, processes that share a batch (1 if unshuffled), and samples for each."""
         rank, world_size = 0, 1
         if self.shuffle and dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -362,14 +362,14 @@ class RandomAffine(transforms.RandomAffine):
             return torch.empty(count, dtype=torch.float32, device="cpu").uniform_(low, high)
 
         angle = draw(*self.degrees).deg2rad()
-        right, down = (draw(-limit, limit) for limit in self.translate)
+        right, down = (2 * draw(-limit, limit) for limit in self.translate)  # -1 to 1 is 2 wide
         scale, tan = draw(*self.scale), draw(*self.shear).deg2rad().tan()
         cos, sin = angle.cos(), angle.sin()
         # F.affine_grid wants the way back: shift back, rotate by [[cos, sin], [-sin, cos]], shear
-        # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1: hence 2 *.
+        # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1.
         rows = cos - sin * tan, sin + cos * tan, -sin, cos  # of shear @ rotation, row by row
-        inverse = (torch.stack(rows, dim=1) / scale.unsqueeze(1)).view(-1, 2, 2)
-        offset = -inverse @ torch.stack((2 * right, 2 * down), dim=1).unsqueeze(2)  # (count, 2, 1)
+        inverse = torch.stack(rows, dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
+        offset = -inverse @ torch.stack((right, down), dim=1).unsqueeze(2)  # (count, 2, 1)
         return torch.cat((inverse, offset), dim=2)
 
 
@@ -427,8 +427,8 @@ def _find_digit(grey):
             continue
         mask = (inside > 0) | (labels == digit.label)  # the digit, and parts clear of the border
         wide = morphology.isotropic_dilation(mask, 4)  # closes gaps of up to 8 pixels
-        groups = measure.label(wide) * mask  # parts that `wide` joins share a number
-        group = groups == groups[tuple(digit.coords[0])]  # the digit and the strokes near it
+        numbers = measure.label(wide) * mask  # parts that `wide` joins share a number
+        group = numbers == numbers[tuple(digit.coords[0])]  # the digit and the strokes near it
         for part in parts:
             is_large = part.label in inside and weights[part.label] > 0.2 * weights[digit.label]
             if is_large and _is_another_digit(part, digit, is_near=group[tuple(part.coords[0])]):
@@ -444,7 +444,7 @@ def _ink_masks(grey, middle):
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     pixels = np.asarray(grey)
     ink = ndimage.gaussian_filter(np.asarray(paper, float) - pixels, 0.7)
-    ink *= np.sign((middle * ink**3).sum())  # dark is > 0; this flips light ink (**3: strong wins)
+    ink *= np.sign((middle * ink**3).sum())  # light ink is < 0: flip it (**3: strong ink decides)
     faintest = 0.06 * np.abs(pixels).max()  # the least contrast of ink with its paper
     threshold = filters.threshold_otsu(ink)
     for contrast in (1, 1.5, 1.5):  # later masks must stand out more
@@ -452,7 +452,7 @@ def _ink_masks(grey, middle):
         noise = ink[~mask].std()
         if mask.any() and ink[mask].mean() > contrast * max(faintest, 3 * noise):
             yield mask
-        threshold = filters.threshold_otsu(ink[ink >= threshold])  # higher: drops shades, lines
+        threshold = filters.threshold_otsu(ink[ink >= threshold])  # drops shades and lines
     if np.ptp(pixels) > faintest:  # not a blank page
         yield from _cut_out_masks(pixels)
 
@@ -461,7 +461,7 @@ def _cut_out_masks(pixels):
     """Yield masks of a digit that fills its image, so that the median finds no paper."""
     dark = pixels < filters.threshold_otsu(pixels)
     if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:
-        return  # a photo: two greys alone would give -1, a smooth range of them is nearer to 0
+        return  # not black and white: two greys give -1, a normal distribution -0.8
     labels = measure.label(dark.astype(int), background=-1)  # numbers the light parts, too
     for part in measure.regionprops(labels):
         fills_image = np.subtract(pixels.shape, part.image.shape).max() < 3  # or nearly
@@ -515,7 +515,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, acc, ".-", label=f"{name} {acc[-1]:.2f} %")
     limit = 100.1  # the scale's infinity: above 100 %, so that 100 % can be drawn
-    bottom = limit - 1.1 * (limit - min(*train_acc, *test_acc))  # the worst, and 10 % more
+    bottom = limit - 1.1 * (limit - min(*train_acc, *test_acc))  # 1.1 times the worst's distance
     right.set_ylim(bottom, 100.02)  # leaves room for a marker at 100 %
     to_axis, from_axis = (lambda acc: -np.log(limit - acc)), (lambda y: limit - np.exp(-y))
     right.set_yscale("function", functions=(to_axis, from_axis))  # wider towards 100 %
