@@ -294,9 +294,9 @@ class BatchLoader:
         self.images, self.targets = images.unsqueeze(1).to(device), targets.long().to(device)
         self.dataset, self.batch_size = dataset, batch_size
         self.shuffle, self.augment = shuffle, augment
-        self._share()  # checks the batch size
+        self._shard()  # checks the batch size
 
-    def _share(self):
+    def _shard(self):
         """Return rank, processes that share a batch (1 if unshuffled), and samples for each."""
         rank, world_size = 0, 1
         if self.shuffle and dist.is_initialized():
@@ -307,11 +307,11 @@ class BatchLoader:
         return rank, world_size, size
 
     def __len__(self):
-        _, world_size, size = self._share()
+        _, world_size, size = self._shard()
         return math.ceil(len(self.images) // world_size / size)
 
     def __iter__(self):
-        rank, world_size, size = self._share()
+        rank, world_size, size = self._shard()
         count, device = len(self.images), self.images.device
         draw_order = torch.randperm if self.shuffle else torch.arange
         order = draw_order(count, device="cpu")  # the same for every kind of GPU
@@ -497,7 +497,7 @@ def _is_another_digit(part, digit, is_near):
 def _mnist_form(digit):
     """Scale a digit's mask to 20 pixels and centre its mass in a uint8 image (28, 28)."""
     rows, columns = np.nonzero(digit)
-    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # pixels of the mask per pixel
+    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # mask pixels per result pixel
     soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
     corner = np.array(ndimage.center_of_mass(soft)) - 13.5 * scale  # 13.5: the middle of 0 to 27
     image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (28, 28), order=1)
@@ -561,11 +561,11 @@ def plot_misclassified(images, predictions, probabilities, targets, classes):
     """Plot up to 24 of the images (N, H, W) that `predict` got wrong, the most confident first."""
     predictions, targets = np.asarray(predictions), np.asarray(targets)
     percent = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
-    wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])
+    wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])[:24]
     names = [
         f"{classes[targets[i]]} → {classes[predictions[i]]}, {percent[i]:.0f} %" for i in wrong
     ]
-    plot_images(images[wrong[:24]], names)
+    plot_images(images[wrong], names)
 
 
 def plot_prediction(image, probabilities, model_input, classes):

@@ -35,7 +35,7 @@ PENS = {"thick pen": (0.08, 0.13), "thin pen": (0.012, 0.02)}  # of a digit's he
 USUAL_PEN = 0.025, 0.07
 SEVEN = [[(0.3, 0.25), (0.7, 0.25)], [(0.7, 0.25), (0.45, 0.8)]]  # for `sheet`
 
-# Ways of writing each digit: strokes, separated by "/", of points "x,y" in a box of 100 by 150
+# Ways of writing each digit: strokes, separated by "/", of points "x,y", y down, in 100 by 150
 WAYS = """
 0  50,0 15,20 0,75 15,130 50,150 85,130 100,75 85,20 50,0
 0  60,5 20,25 5,80 30,145 75,135 95,80 80,20 45,5
