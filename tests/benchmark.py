@@ -53,8 +53,6 @@ NOTE = (  # on how to read the table
 )
 NORMALIZE = T.Normalize(0.1307, 0.3081)  # MNIST's mean and standard deviation
 
-# The recipes: each returns a model, loader, optimizer, criterion and scheduler.
-
 
 def ours(data, device, epochs):
     """The notebook's recipe, whose scheduler steps after each batch."""
@@ -66,7 +64,7 @@ def ours(data, device, epochs):
     return model, loader, optimizer, nn.CrossEntropyLoss(label_smoothing=0.1), scheduler
 
 
-def pytorch_example(data, device):
+def pytorch_example(data, device, _):
     """The basic MNIST example of github.com/pytorch/examples, by its hyperparameters."""
     layers = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()]
     layers += [nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten(), nn.Linear(9216, 128), nn.ReLU()]
@@ -79,7 +77,7 @@ def pytorch_example(data, device):
     return model, loader, optimizer, F.nll_loss, scheduler
 
 
-def classic_notebook(data, device):
+def classic_notebook(data, device, _):
     """The notebook of this shape that courses hand out, by its hyperparameters."""
     layers = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.MaxPool2d(2), nn.ReLU()]
     layers += [nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 256, 3), nn.MaxPool2d(2)]
@@ -94,8 +92,9 @@ def classic_notebook(data, device):
     return model, loader, optimizer, F.cross_entropy, scheduler
 
 
-# Each with its number of epochs; their schedulers step after each epoch.
-REFERENCES = {EXAMPLE: (pytorch_example, 14), CLASSIC: (classic_notebook, 20)}
+# Each returns a model, loader, optimizer, criterion and scheduler.
+RECIPES = {OURS: ours, EXAMPLE: pytorch_example, CLASSIC: classic_notebook}
+REFERENCES = {EXAMPLE: 14, CLASSIC: 20}  # epochs; their schedulers step after each epoch
 
 
 def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
@@ -103,13 +102,9 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
     device = get_device()
     train_data, test_data = load_data(dataset)
     set_seed(seed)
-    if name in REFERENCES:
-        parts = REFERENCES[name][0](train_data, device)
-    else:
-        parts = ours(train_data, device, epochs)
-    model, loader, optimizer, criterion, scheduler = parts
+    model, loader, optimizer, criterion, scheduler = RECIPES[name](train_data, device, epochs)
     options = {} if name in REFERENCES else {"scheduler": scheduler, "cuda_graph": True}
-    seconds = 0.0
+    seconds, accuracy = 0.0, None
     for epoch in range(timed_epochs):
         set_seed(seed, epoch)
         start = time.perf_counter()
@@ -117,7 +112,6 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
         seconds += time.perf_counter() - start
         if name in REFERENCES:
             scheduler.step()
-    accuracy = None
     if timed_epochs == epochs:
         test_loader = BatchLoader(test_data, 1000, device=device)
         _, accuracy = test(model, device, test_loader, criterion, verbose=False)
@@ -132,29 +126,29 @@ def header(data):
     found = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
     processor = found[1] if found else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    versions = f"Python {platform.python_version()}, {versions}"
+    machine = f"{processor}, {torch.get_num_threads()} threads{gpu}; {versions}"
     code = [path.read_bytes() for path in (ROOT / "model.py", ROOT / "utils.py", Path(__file__))]
-    return {
-        "data": data,
-        "machine": f"{processor}, {torch.get_num_threads()} threads{gpu}; "
-        f"Python {platform.python_version()}, "
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}",
-        "code": hashlib.sha256(b"".join(code)).hexdigest()[:12],
-    }
+    digest = hashlib.sha256(b"".join(code)).hexdigest()[:12]
+    return {"data": data, "machine": machine, "code": digest}
 
 
 def summarise(results):
-    """Return a row per recipe and number of epochs: median seconds, and the accuracy by seed."""
+    """Return a row per recipe and number of epochs: median seconds, mean accuracy ± deviation."""
     groups = {}
     for result in results:
         groups.setdefault((result["name"], result["epochs"]), []).append(result)
     rows = []
     for runs in groups.values():
+        timed_epochs = max(run["timed_epochs"] for run in runs)  # 0: on another machine
+        timed = [run["seconds"] for run in runs if run["timed_epochs"] == timed_epochs]
+        tested = [run["accuracy"] for run in runs if run["accuracy"] is not None]
         row = {key: runs[0][key] for key in ("name", "epochs", "parameters")}
-        row["timed_epochs"] = max(run["timed_epochs"] for run in runs)  # 0: on another machine
-        timed = [run for run in runs if run["timed_epochs"] == row["timed_epochs"]]
-        row["seconds"] = statistics.median(run["seconds"] for run in timed)
-        row["accuracies"] = [run["accuracy"] for run in runs if run["accuracy"] is not None]
-        row["runs"] = len(row["accuracies"]) or len(timed)
+        row |= {"timed_epochs": timed_epochs, "seconds": statistics.median(timed)}
+        row["runs"] = len(tested or timed)
+        row["accuracy"] = statistics.mean(tested) if tested else None
+        row["deviation"] = statistics.stdev(tested) if len(tested) > 1 else None
         rows.append(row)
     return rows
 
@@ -176,32 +170,28 @@ def table(rows):
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     example = [row["seconds"] for row in rows if row["name"] == EXAMPLE and row["timed_epochs"]]
     for row in rows:
-        accuracies = row["accuracies"]
-        accuracy = f"{statistics.mean(accuracies):.2f}" if accuracies else "–"
-        accuracy += f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+        accuracy += "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
         seconds, speedup = f"{row['seconds']:,.1f}" if row["timed_epochs"] else "–", "–"
         if 0 < row["timed_epochs"] < row["epochs"]:
             seconds = f"≈ {row['seconds']:,.0f}"
-        if example and row["timed_epochs"] > 0 and row["name"] in (OURS, *REFERENCES):
+        if example and row["timed_epochs"] > 0 and row["name"] in RECIPES:
             ratio = example[0] / row["seconds"]
             speedup = f"{ratio:.{1 if ratio < 10 else 0}f}"
-        lines.append(
-            f"| {row['name']} | {row['parameters']:,} | {row['epochs']} | {row['runs']} "
-            f"| {accuracy} | {seconds} | {speedup} |"
-        )
+        recipe = f"{row['name']} | {row['parameters']:,} | {row['epochs']} | {row['runs']}"
+        lines.append(f"| {recipe} | {accuracy} | {seconds} | {speedup} |")
     return "\n".join(lines)
 
 
 def plot(rows):
     """Draw test error against training time, on a logarithmic axis, as pyplot's current figure."""
     _, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in (OURS, *REFERENCES):
+    rows = [row for row in rows if row["accuracy"] is not None and row["timed_epochs"] > 0]
+    for name in RECIPES:
         points = []
         for row in rows:
-            if row["name"] == name and row["accuracies"] and row["timed_epochs"] > 0:
-                errors = [100 - accuracy for accuracy in row["accuracies"]]
-                deviation = statistics.stdev(errors) if len(errors) > 1 else 0
-                points.append((row["seconds"], statistics.mean(errors), deviation))
+            if row["name"] == name:
+                points.append((row["seconds"], 100 - row["accuracy"], row["deviation"] or 0))
                 text = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
                 axes.annotate(text, points[-1][:2], (5, 8), textcoords="offset points", size=8)
         if points:
@@ -227,9 +217,7 @@ def measure(jobs, data, path):
     keys = ("name", "epochs", "seed", "timed_epochs")
     done = {tuple(result[key] for key in keys) for result in results["runs"]}
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for job in jobs:
-            if job in done:
-                continue
+        for job in (job for job in jobs if job not in done):
             result = pool.submit(run, *job, data).result()
             results["runs"].append(result)
             path.write_text(json.dumps(results, indent=1) + "\n")
@@ -249,15 +237,11 @@ def main():
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="benchmark.json, see above")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="for the results")
     args = parser.parse_args()
-
-    jobs = []  # name, epochs, seed, timed epochs
-    for seed in range(max(args.runs, args.reference_runs)):
-        if seed < args.runs:
-            jobs += [(OURS, epochs, seed, epochs) for epochs in args.epochs]
-        if seed < args.reference_runs:
-            for name, (_, epochs) in REFERENCES.items():
-                jobs.append((name, epochs, seed, 1 if args.quick else epochs))
-
+    jobs = [(OURS, epochs, seed, epochs) for seed in range(args.runs) for epochs in args.epochs]
+    for name, epochs in REFERENCES.items():
+        timed_epochs = 1 if args.quick else epochs
+        jobs += [(name, epochs, seed, timed_epochs) for seed in range(args.reference_runs)]
+    jobs.sort(key=lambda job: job[2])  # by seed, so that the recipes take turns
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / "benchmark.json"
     results = measure(jobs, args.data, path)

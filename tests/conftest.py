@@ -1,14 +1,17 @@
 import os
 import re
 import shutil
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time; before torch is imported
+os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"  # refuses: offline
 
 import pytest  # torch is imported below: the process that only starts the others needs none
 
 ROOT = Path(__file__).parent.parent
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # for two processes, on a machine with fewer GPUs
+CONTEXT = get_context("forkserver")  # its processes start quickly, with these imported
+CONTEXT.set_forkserver_preload(["utils", "sklearn.datasets"])
 EPOCH = re.compile(  # a line that the notebook prints
     r"(?m)^Epoch +(\d+)/(\d+) train loss ([\d.]+) accuracy ([\d.]+) %"
     r"  test loss ([\d.]+) accuracy ([\d.]+) %  [\d.]+ s$"
@@ -50,15 +53,8 @@ def samples():
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """A proxy that refuses every connection, for this process and those it starts."""
-    for kind in ("http", "https"):
-        monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch, offline):
-    """A folder with the notebook, model.py and utils.py and nothing more, to run in, offline."""
+def folder(tmp_path, monkeypatch):
+    """A folder with the notebook, model.py and utils.py and nothing more, to run in."""
     for name in ("S5.ipynb", "model.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
@@ -66,14 +62,25 @@ def folder(tmp_path, monkeypatch, offline):
     return tmp_path
 
 
+def start(function, *arguments):
+    """Start a function in a process of its own."""
+    process = CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def damage(content, generator):
     """Return other bytes than `content`: some replaced, put in or left out, or the end cut off."""
-    start = generator.randrange(len(content))
-    count = generator.choice((1, 1, 8, 100, 10_000))
+    start, count = generator.randrange(len(content)), generator.choice((1, 1, 8, 100, 10_000))
     noise = generator.randbytes(count)
     kinds = (noise, count), (noise, 0), (b"", count), (b"", len(content))
     put_in, left_out = generator.choice(kinds)
     return content[:start] + put_in + content[start + left_out :]
+
+
+def find_cell(notebook, text):
+    """Return the index of the first cell with `text`."""
+    return next(i for i, cell in enumerate(notebook.cells) if text in cell.source)
 
 
 def export(**parameters):
@@ -82,6 +89,5 @@ def export(**parameters):
     from nbconvert import PythonExporter
 
     notebook = papermill.execute_notebook("S5.ipynb", None, parameters, prepare_only=True)
-    last = next(i for i, cell in enumerate(notebook.cells) if "Final test" in cell.source)
-    notebook.cells = notebook.cells[: last + 1]
+    del notebook.cells[find_cell(notebook, "Final test") + 1 :]
     Path("S5.py").write_text(PythonExporter().from_notebook_node(notebook)[0])

@@ -32,7 +32,6 @@ KINDS = (  # of photos: what disturbs each of them
     "ruled line, squared paper, neighbour, perspective, thick pen, thin pen, blur, jpeg"
 ).split(", ")
 PENS = {"thick pen": (0.08, 0.13), "thin pen": (0.012, 0.02)}  # of a digit's height
-USUAL_PEN = 0.025, 0.07
 SEVEN = [[(0.3, 0.25), (0.7, 0.25)], [(0.7, 0.25), (0.45, 0.8)]]  # for `sheet`
 
 # Ways of writing each digit: strokes, separated by "/", of points "x,y", y down, in 100 by 150
@@ -70,13 +69,11 @@ def strokes(digit, rng):
     way = ways[rng.integers(len(ways))]
     slant, wide, turn = rng.normal(0, 0.15), rng.uniform(0.75, 1.2), rng.normal(0, np.radians(5))
     c, s = np.cos(turn), np.sin(turn)
-    jittered = {}  # by point, so that strokes that meet still do
+    ends = dict.fromkeys(way.replace("/", "").split())  # each once: strokes that meet still do
+    moved = {end: np.array(end.split(","), float) / 100 + rng.normal(0, 0.035, 2) for end in ends}
     out = []
     for stroke in way.split(" / "):
-        for point in stroke.split():
-            if point not in jittered:
-                jittered[point] = np.array(point.split(","), float) / 100 + rng.normal(0, 0.035, 2)
-        points = np.array([jittered[point] for point in stroke.split()])
+        points = np.array([moved[point] for point in stroke.split()])
         if len(points) > 2:
             spline, _ = splprep(points.T, s=0, k=min(3, len(points) - 1))
             points = np.stack(splev(np.linspace(0, 1, 60), spline), axis=1)
@@ -115,8 +112,7 @@ def to_image(values):
 
 def reach(parts, side):
     """Return how far the strokes go to the left (side -1) or to the right (side 1)."""
-    ends = [part[:, 0].max() if side > 0 else part[:, 0].min() for part in parts]
-    return max(ends) if side > 0 else min(ends)
+    return side * max((side * part[:, 0]).max() for part in parts)
 
 
 def scan(digit, rng):
@@ -124,22 +120,20 @@ def scan(digit, rng):
     height, width = rng.integers(85, 120, 2)
     tall = rng.uniform(0.45, 0.8) * height
     centre = np.array([width, height]) / 2 + rng.normal(0, 4, 2)
-    parts = [part * tall / 1.5 + centre for part in strokes(digit, rng)]
-    pen = rng.uniform(1.5, 4)
+    parts, pen = [part * tall / 1.5 + centre for part in strokes(digit, rng)], rng.uniform(1.5, 4)
     ink = draw((height, width), parts, pen)
     if rng.random() < 0.15:
         side = rng.choice([-1, 1])
         other = [part * tall / 1.5 for part in strokes(rng.integers(10), rng)]
         edge = (width - rng.uniform(3, 12)) if side > 0 else rng.uniform(3, 12)
-        x = edge - reach(other, -side)
-        other = [part + [x, centre[1] + rng.normal(0, 6)] for part in other]
+        other = [
+            part + [edge - reach(other, -side), centre[1] + rng.normal(0, 6)] for part in other
+        ]
         widest = max(np.abs(part[:, 0] - centre[0]).max() for part in parts)
         if (edge - centre[0]) * side > widest + 5:
             ink = np.maximum(ink, draw((height, width), other, pen))
-    paper = rng.uniform(0.93, 1)
-    dark = rng.uniform(0.05, 0.45)
-    image = paper - (paper - dark) * ink + rng.normal(0, rng.uniform(0, 0.02), ink.shape)
-    return to_image(image)
+    paper, dark = rng.uniform(0.93, 1), rng.uniform(0.05, 0.45)
+    return to_image(paper - (paper - dark) * ink + rng.normal(0, rng.uniform(0, 0.02), ink.shape))
 
 
 def photo(digit, rng, kind="plain", field=None):
@@ -149,23 +143,25 @@ def photo(digit, rng, kind="plain", field=None):
         kinds = {name for name in KINDS if rng.random() < 0.3} - {"light on dark", "neighbour"}
     height, width = size = rng.integers(300, 700, 2)
     share = rng.uniform(0.12, 0.25) if "small" in kinds else rng.uniform(0.35, 0.75)
-    tall = share * height
-    parts = strokes(digit, rng)
+    tall, parts = share * height, strokes(digit, rng)
     span = reach(parts, 1) - reach(parts, -1)
     unit = min(tall / 1.5, 0.8 * width / max(span, 0.3))
     centre = np.array([width, height]) / 2
     if "off centre" in kinds:
-        centre = centre + np.array([width, height]) * rng.uniform(-0.2, 0.2, 2) * (1 - share)
-    pens = [PENS[name] for name in PENS if name in kinds] or [USUAL_PEN]
+        centre += [width, height] * rng.uniform(-0.2, 0.2, 2) * (1 - share)
+    pens = [PENS[name] for name in PENS if name in kinds] or [(0.025, 0.07)]  # usually
     pen = unit * 1.5 * rng.uniform(*pens[0])
     if field is None:
         ink = draw(size, [part * unit + centre for part in parts], pen, over=2)
     else:
-        ink = printed(field, size, int(tall * 1.4), centre)
+        side = int(tall * 1.4)
+        picture = Image.fromarray(field).resize((side, side), Image.Resampling.BICUBIC)
+        page = Image.new("L", (int(width), int(height)))
+        page.paste(picture, tuple(int(middle - side / 2) for middle in centre))
+        ink = np.asarray(page, float) / 255
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     ink = ink * (1 - 0.25 * ndimage.gaussian_filter(rng.random(size), 3))
-    strength = rng.uniform(0.5, 0.9)
-    paper = np.full(size, rng.uniform(0.8, 0.97))
+    strength, paper = rng.uniform(0.5, 0.9), np.full(size, rng.uniform(0.8, 0.97))
     if "grey paper" in kinds:
         paper = paper * rng.uniform(0.45, 0.7)
     paper += ndimage.gaussian_filter(rng.normal(0, 1, size), 1.5) * 0.015
@@ -175,8 +171,7 @@ def photo(digit, rng, kind="plain", field=None):
             inside = np.hypot(y * height - top, x * width - left) < rng.uniform(1, 0.012 * height)
             ink = np.maximum(ink, 0.8 * inside)
     if "ruled line" in kinds:
-        at = centre[1] + unit * rng.uniform(0.85, 1.1)
-        tilt = rng.uniform(-0.03, 0.03)
+        at, tilt = centre[1] + unit * rng.uniform(0.85, 1.1), rng.uniform(-0.03, 0.03)
         line = np.abs(y * height - at - tilt * (x * width - centre[0])) < max(1, 0.004 * height)
         ink = np.maximum(ink, rng.uniform(0.4, 0.8) * line)
     if "squared paper" in kinds:
@@ -196,33 +191,23 @@ def photo(digit, rng, kind="plain", field=None):
     if "shadow" in kinds:
         angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-0.25, 0.25)
         edge = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5) - offset
-        edge = edge / rng.uniform(0.02, 0.1)
+        edge /= rng.uniform(0.02, 0.1)
         image = image * (1 - rng.uniform(0.2, 0.45) / (1 + np.exp(-edge.clip(-50, 50))))
     if "light on dark" in kinds:
         image = 1 - image
     return taken(to_image(image), kinds, rng)
 
 
-def printed(field, size, side, centre):
-    """Return a digit (28, 28) as ink on a field of `size`, `side` pixels large, about `centre`."""
-    picture = Image.fromarray(field).resize((side, side), Image.Resampling.BICUBIC)
-    ink = Image.new("L", (int(size[1]), int(size[0])))
-    ink.paste(picture, (int(centre[0] - side / 2), int(centre[1] - side / 2)))
-    return np.asarray(ink, float) / 255
-
-
 def taken(picture, kinds, rng):
     """Return the picture as a camera takes it: at an angle, blurred, with noise, compressed."""
     width, height = picture.size
     if "perspective" in kinds:
-        shift = np.abs(rng.uniform(-0.1, 0.1, 8) * np.array([width, height] * 4))
-        corners = np.array([0, 0, 0, height, width, height, width, 0])
-        inwards = np.array([1, 1, 1, -1, -1, -1, -1, 1])
-        quad = Image.Transform.QUAD, tuple(corners + inwards * shift)
+        shift = np.abs(rng.uniform(-0.1, 0.1, 8) * ([width, height] * 4))  # of corners, inwards
+        corners = [0, 0, 0, height, width, height, width, 0] + shift * [1, 1, 1, -1, -1, -1, -1, 1]
+        quad = Image.Transform.QUAD, tuple(corners)
         picture = picture.transform(picture.size, *quad, Image.Resampling.BICUBIC)
     if "blur" in kinds:
-        radius = float(rng.uniform(0.003, 0.008) * height)
-        picture = picture.filter(ImageFilter.GaussianBlur(radius))
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.003, 0.008) * height))
     if "noise" in kinds:
         array = np.asarray(picture, float) + rng.normal(0, rng.uniform(8, 22), (height, width))
         picture = Image.fromarray(array.clip(0, 255).astype(np.uint8))
@@ -244,14 +229,10 @@ def recognise(net, image):
 def is_correct(kind, index):
     """Make image `index` of a kind, and tell whether its digit is recognised."""
     rng = np.random.default_rng((index, *kind.encode()))
-    digit = index % 10
+    digit, field = index % 10, None
     if kind == PRINTED:
-        digit = int(test_data.targets[index])
-        image = photo(digit, rng, field=test_data.data[index].numpy())
-    elif kind == SCAN:
-        image = scan(digit, rng)
-    else:
-        image = photo(digit, rng, kind)
+        digit, field = int(test_data.targets[index]), test_data.data[index].numpy()
+    image = scan(digit, rng) if kind == SCAN else photo(digit, rng, kind, field)
     return recognise(net, image) == digit
 
 

@@ -1,7 +1,6 @@
 """The README gives the long form of the tests of killed runs and damaged checkpoints."""
 
 import io
-import multiprocessing
 import os
 import pickle
 import random
@@ -14,12 +13,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import damage
+from conftest import CONTEXT, damage, start
+from torch.utils._pytree import tree_leaves
 
 import utils
 from utils import BatchLoader, RandomAffine, load_checkpoint, save_checkpoint
 
 EPOCHS = 4
+PADDING = 5_000_000  # numbers: saving 20 MB takes most of a killed run's time
 
 
 class Run:
@@ -27,9 +28,9 @@ class Run:
 
     def __init__(self, path, padding=0):
         utils.set_seed(0)
-        train_data = torch.utils.data.Subset(utils.load_data("digits")[0], range(200))
-        self.path = path
-        self.loader = BatchLoader(train_data, 50, shuffle=True, augment=RandomAffine(10))
+        data = torch.utils.data.Subset(utils.load_data("digits")[0], range(200))
+        self.path, augment = path, RandomAffine(10)
+        self.loader = BatchLoader(data, 50, shuffle=True, augment=augment)
         layers = [nn.Conv2d(1, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
         self.model = nn.Sequential(*layers, nn.Dropout(0.2), nn.Linear(512, 10))
         self.model.register_buffer("padding", torch.zeros(padding))
@@ -37,17 +38,15 @@ class Run:
         steps = EPOCHS * len(self.loader)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.01, steps)
         self.losses = []
-        self.hyperparameters = {"EPOCHS": EPOCHS, "SEED": 0, "augment": str(RandomAffine(10))}
-        self.state = {"model": self.model, "optimizer": self.optimizer, "losses": self.losses}
-        self.state["scheduler"] = self.scheduler
+        self.hyperparameters = {"EPOCHS": EPOCHS, "SEED": 0, "augment": str(augment)}
+        names = "model", "optimizer", "scheduler", "losses"
+        self.state = {name: getattr(self, name) for name in names}
 
     def content(self):
-        """Return all tensors of the state as one, the scheduler's state and the losses."""
-        tensors = list(self.model.state_dict().values())
-        for state in self.optimizer.state_dict()["state"].values():
-            tensors += state.values()
-        tensor = torch.cat([tensor.flatten().double() for tensor in tensors])
-        return tensor.tolist(), self.scheduler.state_dict(), list(self.losses)
+        """Return all numbers of the state."""
+        parts = self.model.state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict()
+        leaves = tree_leaves((parts, self.losses))
+        return [x.tolist() if isinstance(x, torch.Tensor) else x for x in leaves]
 
     def load(self):
         return load_checkpoint(self.path, self.hyperparameters, **self.state)
@@ -63,14 +62,6 @@ class Run:
             utils.set_seed(0, epoch)
             self.losses += utils.train(*parts, scheduler=self.scheduler, verbose=False)
             self.save(epoch)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run that went through."""
-    run = Run(tmp_path_factory.mktemp("finished") / "checkpoint.pt")
-    run.go()
-    return run
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -90,74 +81,96 @@ def test_a_checkpoint_moves_to_another_device(tmp_path, samples, here, there):
     torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-4)
 
 
-PADDING = 5_000_000  # numbers: saving 20 MB takes most of a run's time
-
-
-def train_until_killed(path):
+def train_until_killed(path, ready):
     run = Run(path, PADDING)
-    run.path.with_suffix(".ready").touch()
+    ready.send(True)
     run.go()
 
 
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
     """Kill runs again and again at random moments, most of them while saving."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["utils", "sklearn.datasets"])
-    expected = Run(tmp_path / "expected.pt", PADDING)
-    start = time.perf_counter()
+    expected, begin = Run(tmp_path / "expected.pt", PADDING), time.perf_counter()
     expected.go()
-    duration = time.perf_counter() - start
+    duration = time.perf_counter() - begin
     generator, kills, while_saving, runs = random.Random(0), 0, 0, 0
     wanted = int(os.environ.get("KILLS", 3))
     while kills < wanted:
         runs += 1
         path, exitcode = tmp_path / f"{runs}.pt", None
         while exitcode != 0:
-            process = context.Process(target=train_until_killed, args=(path,))
-            process.start()
-            while process.is_alive() and not path.with_suffix(".ready").exists():
-                time.sleep(0.01)
-            path.with_suffix(".ready").unlink()
+            here, there = CONTEXT.Pipe()
+            process = start(train_until_killed, path, there)
+            assert here.poll(60)  # it is ready to be killed
             process.join(generator.uniform(0, duration) if kills < wanted else None)
             process.kill()
             process.join()
             exitcode = process.exitcode
             assert exitcode in (0, -signal.SIGKILL)
             kills += exitcode != 0
-            while_saving += exitcode != 0 and path.with_suffix(".pt.new").exists()
+            while_saving += exitcode != 0 and any(tmp_path.glob("*.new"))
+        assert not any(tmp_path.glob("*.new"))  # what a killed process leaves, the next one deletes
         run = Run(path, PADDING)
         assert run.load() == EPOCHS and run.content() == expected.content()
     print(f"{kills} kills in {runs} runs, {while_saving} of them while a file was being written")
     assert wanted < 50 or while_saving > 0
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path):
-    run = Run(tmp_path / "checkpoint.pt")
-    run.save(0)
-    run.losses.append(np.float32(0.5))
-    with pytest.raises(pickle.UnpicklingError, match="numpy"):
-        run.save(1)
-    assert run.load() == 0
+def save_often(path, count):
+    losses = [float(os.getpid())] * random.randrange(1, 100_000)  # files of different sizes
+    for _ in range(count):
+        save_checkpoint(path, 1, {}, losses=losses)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+@pytest.mark.slow
+def test_of_four_processes_that_save_to_one_path_none_fails_and_every_read_is_whole(tmp_path):
+    path, losses, reads = tmp_path / "checkpoint.pt", [], 0
+    save_checkpoint(path, 1, {}, losses=[])
+    count = int(os.environ.get("SAVES", 80))
+    processes = [start(save_often, path, count // 4) for _ in range(4)]
+    while any(process.is_alive() for process in processes):
+        load_checkpoint(path, {}, losses=losses)
+        reads += len(set(losses)) == 1
+    print(f"{count} saves and {reads} reads, none failed")
+    assert reads > 0 and [process.exitcode for process in processes] == [0] * 4
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_numpys_numbers_become_pythons_and_what_could_not_be_loaded_is_not_saved(tmp_path):
     run = Run(tmp_path / "checkpoint.pt")
+    run.hyperparameters["LEARNING_RATE"] = run.optimizer.param_groups[0]["lr"] = np.float64(0.5)
+    run.losses.append(np.float32(0.25))
+    run.save(1)
+    assert run.load() == 1 and run.losses == [0.25] and type(run.losses[0]) is float
+    assert type(run.optimizer.param_groups[0]["lr"]) is float
+    saved = torch.load(run.path, weights_only=True)["model"]
+    assert saved._metadata == run.model.state_dict()._metadata  # the versions of its modules
+    run.losses.append(Evil())
+    with pytest.raises(pickle.UnpicklingError, match="Evil|mkdir"):
+        run.save(2)
+    assert run.load() == 1
+
+
+def test_a_link_stays_its_file_is_replaced_and_a_full_disk_leaves_the_old_one(tmp_path):
+    (tmp_path / "drive").mkdir()
+    run = Run(tmp_path / "checkpoint.pt")
+    run.path.symlink_to("drive/it.pt")
     run.save(0)
+    run.save(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a checkpoint is larger
     try:
         with pytest.raises(OSError):
-            run.save(1)
+            run.save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert run.load() == 0 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert run.path.is_symlink() and Run(tmp_path / "drive" / "it.pt").load() == 1
+    assert os.listdir(tmp_path / "drive") == ["it.pt"]
 
 
-def test_another_run_is_refused_by_name_and_nothing_is_restored(finished):
-    run = Run(finished.path)
+def test_another_run_is_refused_by_name_and_nothing_is_restored(tmp_path):
+    finished, run = Run(tmp_path / "it.pt"), Run(tmp_path / "it.pt")
+    finished.go()
     run.hyperparameters = {"EPOCHS": 9, "augment": str(RandomAffine(10)), "DEPTH": 3}
     before = run.content()
     with pytest.raises(ValueError) as error:
@@ -167,9 +180,11 @@ def test_another_run_is_refused_by_name_and_nothing_is_restored(finished):
     assert run.content() == before
 
 
-def test_damaged_checkpoints_are_refused_or_the_same(tmp_path, finished):
+def test_damaged_checkpoints_are_refused_or_the_same(tmp_path):
     """Bytes flipped, cut out or put in: each time it is our error, or nothing was lost."""
-    content, run, weights = finished.path.read_bytes(), Run(tmp_path / "it.pt"), io.BytesIO()
+    finished, run = Run(tmp_path / "it.pt"), Run(tmp_path / "it.pt")
+    finished.go()
+    content, weights = finished.path.read_bytes(), io.BytesIO()
     torch.save(finished.model.state_dict(), weights)
     generator, refused, count = random.Random(0), 0, int(os.environ.get("FUZZ", 100))
     others = [b"", b"epoch 3", weights.getvalue()]
@@ -192,11 +207,10 @@ class Evil:
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_hostile_file_is_refused_and_its_code_is_not_run(tmp_path, monkeypatch, is_zip):
     monkeypatch.chdir(tmp_path)
-    path, mark = tmp_path / "checkpoint.pt", tmp_path / "evil"
     content = {"epoch": 1, "hyperparameters": {}, "losses": Evil()}
-    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    torch.save(content, "checkpoint.pt", _use_new_zipfile_serialization=is_zip)
     with pytest.raises(ValueError, match="checkpoint.pt' is damaged or not a checkpoint"):
-        load_checkpoint(path, {}, losses=[])
-    assert not mark.exists()
-    torch.load(path, weights_only=False)
-    assert mark.exists()  # it would have
+        load_checkpoint("checkpoint.pt", {}, losses=[])
+    assert not os.path.exists("evil")
+    torch.load("checkpoint.pt", weights_only=False)
+    assert os.path.exists("evil")  # it would have been

@@ -1,19 +1,22 @@
 import asyncio
+import base64
 import copy
+import io
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EPOCH, ROOT, export
+from conftest import EPOCH, ROOT, export, find_cell
 from handwriting import SEVEN, sheet
+from jupyter_client.manager import run_kernel
+from nbclient import NotebookClient
 
 import utils
 from model import Net
@@ -32,17 +35,15 @@ def check_run(notebook, dataset, epochs):
     """Check the lines and the pictures of an executed notebook; return its final accuracy."""
     printed = stdout(notebook)
     lines = EPOCH.findall(printed)
-    numbers = [(int(epoch), int(total)) for epoch, total, *_ in lines]
-    assert numbers == [(epoch, epochs) for epoch in range(1, epochs + 1)]
+    assert [line[:2] for line in lines] == [(f"{n}", f"{epochs}") for n in range(1, epochs + 1)]
     accuracy = lines[-1][-1]
     result, sentence = printed.splitlines()[-2:]
     assert result == f"Final test accuracy: {accuracy} % ({dataset}, epoch {epochs})"
     assert sentence == "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
     for cell in code_cells(notebook):
-        pictures = ["image/png" in output.get("data", {}) for output in cell.outputs]
-        assert sum(pictures) == cell.source.count("plt.savefig")
-        for output, is_picture in zip(cell.outputs, pictures, strict=True):
-            assert is_picture or output.get("name") == "stdout"  # no error, no warning, no bar
+        others = [each for each in cell.outputs if "image/png" not in each.get("data", {})]
+        assert len(cell.outputs) - len(others) == cell.source.count("plt.savefig")
+        assert all(each.get("name") == "stdout" for each in others)  # no error, warning or bar
     assert "widgets" not in notebook.metadata
     return float(accuracy)
 
@@ -61,51 +62,44 @@ def weights():
     return torch.cat([value.flatten().double() for value in state.values()])
 
 
-def stoppable_client(notebook):
-    """Return a client that, once `armed`, interrupts the kernel when an epoch's line is printed."""
-    from nbclient import NotebookClient
+class StoppableClient(NotebookClient):
+    """Once `armed`, it interrupts the kernel when an epoch's line is printed."""
 
-    class Client(NotebookClient):
-        armed = False
+    armed = False
 
-        def process_message(self, message, cell, index):
-            if self.armed and re.search(r"Epoch +\d", str(message["content"])):
-                self.armed = False
-                asyncio.ensure_future(self.km.interrupt_kernel())
-            return super().process_message(message, cell, index)
-
-    return Client(notebook, resources={"metadata": {"path": "."}}, allow_errors=True)
+    def process_message(self, message, cell, index):
+        if self.armed and re.search(r"Epoch +\d", str(message["content"])):
+            self.armed = False
+            asyncio.ensure_future(self.km.interrupt_kernel())
+        return super().process_message(message, cell, index)
 
 
 @pytest.mark.slow
-def test_a_stopped_and_resumed_run_prints_and_saves_the_same(folder):
+def test_a_stopped_and_resumed_run_prints_and_saves_the_same(folder, monkeypatch):
     """Train; train again in the same kernel, stop it twice, and resume in another process."""
     import papermill
 
-    small = {"DATASET": "digits", "EPOCHS": 8}
+    monkeypatch.setenv("HOME", str(folder))
+    sheet(SEVEN, 14, 300).save("seven.png")
+    small = {"DATASET": "digits", "EPOCHS": 8, "RUNS": "~/runs", "IMAGE": "~/seven.png"}
     notebook = papermill.execute_notebook("S5.ipynb", None, small, prepare_only=True)
-    sources = [cell.source for cell in notebook.cells]
-    first = sources.index(next(source for source in sources if source.startswith("DATASET = ")))
-    loop = sources.index(next(source for source in sources if "for epoch in" in source))
-    client = stoppable_client(notebook)
+    first, loop = find_cell(notebook, "DATASET = "), find_cell(notebook, "for epoch in")
+    client = StoppableClient(notebook, resources={"metadata": {"path": "."}}, allow_errors=True)
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)
         whole, expected = copy.deepcopy(notebook), weights()
         assert check_run(whole, "digits", 8) > 90
         assert len(list(Path("runs").glob("*.png"))) == 7
-
         for index in [*range(first, loop + 1), loop]:
             client.armed = index == loop
             client.execute_cell(notebook.cells[index], index)
             assert index < loop or notebook.cells[loop].outputs[-1].ename == "KeyboardInterrupt"
-    epochs = EPOCH.findall(stdout(whole))
     printed = "".join(output.get("text", "") for output in notebook.cells[loop].outputs)
-    lines = EPOCH.findall(printed)
+    epochs, lines = EPOCH.findall(stdout(whole)), EPOCH.findall(printed)
     done = epochs.index(lines[0])
     assert done > 0 and lines == epochs[done : done + len(lines)]
     assert f"Resumed after epoch {done}: test accuracy" in printed
-
     export(**small, RESUME=True)
     resumed = subprocess.run([sys.executable, "S5.py"], capture_output=True, text=True, check=True)
     rest = EPOCH.findall(resumed.stdout)
@@ -113,21 +107,29 @@ def test_a_stopped_and_resumed_run_prints_and_saves_the_same(folder):
     assert torch.equal(weights(), expected)
 
 
+def test_resume_as_a_word_is_refused(folder):
+    export(DATASET="digits", RESUME="no")  # as papermill passes it
+    with pytest.raises(ValueError, match="RESUME is True or False, not 'no'"):
+        runpy.run_path("S5.py")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
-def test_setup_clones_the_repository(tmp_path):
+def test_setup_clones_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     source = code_cells(nbformat.read(ROOT / "S5.ipynb", as_version=4))[0].source
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert run.returncode > 0 and "start Jupyter or papermill in its folder" in run.stderr
     source = source.replace('REPO_URL = ""', f'REPO_URL = "{ROOT}"')
     for _ in range(2):  # the second time as after a restart of the kernel
-        subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True)
+        subprocess.run([sys.executable, "-c", source], check=True)
     assert (tmp_path / "mnist" / "S5.ipynb").exists()
 
 
 def test_committed_notebook_is_one_clean_run_on_mnist():
     notebook = nbformat.read(ROOT / "S5.ipynb", as_version=4)
-    cells = code_cells(notebook)
+    cells, loop = code_cells(notebook), notebook.cells[find_cell(notebook, "for epoch in")]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    (loop,) = [cell for cell in cells if "for epoch in" in cell.source]
     assert len(loop.outputs) == 1  # the lines of all epochs, in one block
     (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     exec(tagged.source, parameters := {})
@@ -146,6 +148,7 @@ def test_committed_weights_are_as_good_as_the_readme_says(mnist_root):
     assert f"{accuracy:.2f} %" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:USING THE SMALL SET 'digits'")
 def test_readme_examples_run(folder, capsys):
     readme = (ROOT / "README.md").read_text()
     with_weights, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -153,8 +156,7 @@ def test_readme_examples_run(folder, capsys):
     sheet(SEVEN, 14, 300).save("photo.jpg")
     exec(with_weights, {})
     assert re.fullmatch(r"7 0\.\d+\n", capsys.readouterr().out)
-    with warnings.catch_warnings(action="ignore"):  # digits instead of MNIST
-        exec(example, {})
+    exec(example, {})
     printed = capsys.readouterr().out
     assert printed.count("train: ") == 2 and re.search(r"accuracy ([89]\d|100)\.\d+ %\n$", printed)
 
@@ -162,3 +164,30 @@ def test_readme_examples_run(folder, capsys):
 def test_utils_does_not_import_model():
     source = (ROOT / "utils.py").read_text()
     assert not re.search(r"^ *(import|from) model\b", source, re.MULTILINE)
+
+
+def draw(strokes):
+    """Return code that sets the pad's drawing as a browser does: to a PNG, as a data URL."""
+    buffer = io.BytesIO()
+    sheet(strokes, 7, 320).convert("RGBA").save(buffer, "PNG")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    return f"pad.children[0].drawing = 'data:image/png;base64,{png}'"
+
+
+@pytest.mark.slow
+def test_the_pad_answers_with_a_picture_or_says_why_it_does_not():
+    set_up = "import utils", "from model import Net", "model = Net().train()"
+    show_pad = "pad = utils.drawing_pad(model, list('0123456789'))", "pad"
+    messages, shown, captured_by = [], [], ""
+    options = {"allow_stdin": True, "timeout": 120, "output_hook": messages.append}  # as if open
+    with run_kernel(cwd=ROOT) as client:  # nbclient sometimes waits forever for a widget's output
+        for code in (*set_up, *show_pad, draw(SEVEN), draw([]), "assert model.training"):
+            assert client.execute_interactive(code, **options)["content"]["status"] == "ok"
+    for content in (message["content"] for message in messages):
+        captured_by = content.get("data", {}).get("state", {}).get("msg_id", captured_by)
+        if content.get("name") != "stderr" and {"text", "metadata"} & content.keys():
+            shown.append((content, captured_by != ""))
+    (view, view_captured), (picture, picture_captured), (text, text_captured) = shown
+    assert "application/vnd.jupyter.widget-view+json" in view["data"]
+    assert "image/png" in picture["data"] and "found no digit in the image" in text["text"]
+    assert not view_captured and picture_captured and text_captured  # they appear below the pad

@@ -1,5 +1,3 @@
-import warnings
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from torchvision import datasets
 
 import utils
 
+pytestmark = pytest.mark.filterwarnings("error")  # such as NumPy's about log(0)
 DATA = utils.load_data("digits")[1]
 LOADER = utils.BatchLoader(Subset(DATA, range(30)), 8)
 TARGETS, WRONG = LOADER.targets, [20, 10, 0]  # the most confident mistake first
@@ -46,9 +45,8 @@ def image_titles(figure_axes):
 @pytest.mark.parametrize("name", INPUT)
 def test_a_figure_is_left_open_to_be_saved(name):
     plt.figure()  # of the user's own
-    with warnings.catch_warnings(action="error"):
-        plot(name)
-        plt.gcf().canvas.draw()
+    plot(name)
+    plt.gcf().canvas.draw()
     assert plt.get_fignums() == [1, 2]
 
 
@@ -64,11 +62,19 @@ def test_the_curves_are_labelled_with_their_last_values():
         assert curves == [[[1, 2], values] for values in expected.values()]
 
 
+def test_curves_without_a_test_are_drawn_and_of_different_lengths_refused():
+    for axes in plot("train_metrics", [0.5, 0.25], [90, 95.5], [], []):
+        assert [len(line.get_xdata()) for line in axes.lines] == [2]
+    four = [1.0, 2.0], [80, 90], [1.0, 2.0], [80, 90]
+    for wrong in ([[]] * 4, (*four[:3], [80]), (four[0], four[1][:1], [], []), (*four[:3], [])):
+        with pytest.raises(ValueError, match="lists of one length"):
+            plot("train_metrics", *wrong)
+
+
 @pytest.mark.parametrize("accuracies", [[100.0] * 3, [99.98], [9.8, 11.4], [93.8, 98.5, 99.72]])
 def test_the_accuracys_scale_widens_towards_100_percent(accuracies):
-    with warnings.catch_warnings(action="error"):  # such as NumPy's about log(0)
-        axes = plot("train_metrics", accuracies, accuracies, accuracies, accuracies)[1]
-        plt.gcf().canvas.draw()
+    axes = plot("train_metrics", accuracies, accuracies, accuracies, accuracies)[1]
+    plt.gcf().canvas.draw()
     assert axes.get_ylim()[0] < min(accuracies) and axes.get_ylim()[1] > 100
     height = axes.transData.transform([(0, value) for value in (98, 99, 99.5, 99.8)])[:, 1]
     steps = np.diff(height)  # the error is halved twice, then less: the steps are of similar size
@@ -76,20 +82,18 @@ def test_the_accuracys_scale_widens_towards_100_percent(accuracies):
 
 
 def test_sample_data_is_what_enters_the_model(samples, monkeypatch):
-    monkeypatch.setattr(DATA, "classes", "abcdefghij")
-    axes, (images, labels) = plot("sample_data"), next(iter(LOADER))
-    assert image_titles(axes) == ["abcdefghij"[label] for label in labels]
-    expected = (images[5, 0] - images.min()) / (images.max() - images.min())  # one grey scale
-    np.testing.assert_allclose(axes[5].images[0].get_array(), expected, atol=1e-6)
-    assert axes[5].images[0].get_clim() == (0, 1)
+    letters = {i: "abcdefghij"[i] for i in reversed(range(10))}
+    monkeypatch.setattr(DATA, "classes", letters)
     colour = torch.rand(5, 3, 32, 30)
-    axes = plot("sample_data", [(colour, torch.arange(5)[:, None])])
-    assert image_titles(axes) == list("01234")
-    expected = (colour - colour.min()) / (colour.max() - colour.min())
-    np.testing.assert_allclose(axes[4].images[0].get_array(), expected[4].movedim(0, 2), atol=1e-6)
+    for loader, names in ((LOADER, letters), ([(colour, torch.arange(5)[:, None])], range(5))):
+        axes, (images, labels) = plot("sample_data", loader), next(iter(loader))
+        assert image_titles(axes) == [str(names[label]) for label in labels.flatten().tolist()]
+        expected = (images - images.min()) / (images.max() - images.min())  # one scale for all
+        expected, shown = expected[4].movedim(0, 2).squeeze(), axes[4].images[0]
+        np.testing.assert_allclose(shown.get_array(), expected, atol=1e-6)
+        assert shown.get_clim() == (0, 1)
     assert image_titles(plot("sample_data", [(colour[:2], ("cat", "dog"))])) == ["cat", "dog"]
-    augment = utils.RandomAffine(7)
-    random = utils.BatchLoader(DATA, 64, shuffle=True, augment=augment)
+    random = utils.BatchLoader(DATA, 64, shuffle=True, augment=utils.RandomAffine(7))
     for loader in (random, DataLoader(samples, 64, shuffle=True)):
         state = torch.get_rng_state()
         assert len(image_titles(plot("sample_data", loader))) == 24
@@ -98,20 +102,20 @@ def test_sample_data_is_what_enters_the_model(samples, monkeypatch):
 
 def test_the_most_confident_mistakes_come_first():
     axes = plot("misclassified")
-    assert image_titles(axes) == [
-        f"{TARGETS[i]} → {PREDICTIONS[i]}, {percent} %"
-        for i, percent in zip(WRONG, (90, 80, 70), strict=True)
-    ]
+    expected = [f"{TARGETS[i]} → {PREDICTIONS[i]}, {p} %" for i, p in ((20, 90), (10, 80), (0, 70))]
+    assert image_titles(axes) == expected
     shown = axes[0].images[0].get_array()
     assert np.corrcoef(shown.ravel(), DATA.data[20].ravel())[0, 1] > 0.999
     arrays = DATA.data[:30].numpy(), PREDICTIONS, PROBABILITIES.numpy(), TARGETS.numpy()
-    assert image_titles(plot("misclassified", *arrays, DATA.classes)) == image_titles(axes)
+    assert image_titles(plot("misclassified", *arrays, dict(enumerate(DATA.classes)))) == expected
     images, _, *others = INPUT["misclassified"]
     assert len(image_titles(plot("misclassified", images, (TARGETS + 1) % 10, *others))) == 24
     assert image_titles(plot("misclassified", images, TARGETS, *others)) == []
+    with pytest.raises(ValueError, match="expected images of all 30 predictions, got 360"):
+        plot("misclassified", DATA.data, PREDICTIONS, *others)
 
 
-@pytest.mark.parametrize("classes", [DATA.classes, datasets.FashionMNIST.classes])
+@pytest.mark.parametrize("classes", [DATA.classes, dict(enumerate(datasets.FashionMNIST.classes))])
 def test_prediction_shows_image_and_probabilities(classes):
     left, middle, right = plot("prediction", *INPUT["prediction"][:3], classes)
     shown = left.images[0].get_array()
@@ -120,4 +124,5 @@ def test_prediction_shows_image_and_probabilities(classes):
     widths = [bar.get_width() for bar in right.patches]
     np.testing.assert_allclose(widths, 100 * PROBABILITIES[0])
     assert [text.get_text() for text in right.texts].count("70 %") == 1
-    assert [label.get_text() for label in right.get_yticklabels()] == classes
+    names = [label.get_text() for label in right.get_yticklabels()]
+    assert names == [classes[i] for i in range(10)]

@@ -22,8 +22,9 @@ def test_predict_is_in_the_loaders_order(linear, samples):
     assert torch.equal(predictions, expected.argmax(dim=1))
     assert torch.equal(targets, samples.tensors[1])
     assert not linear.training and not probabilities.requires_grad
-    with pytest.raises(ValueError, match=r"expected 2 class numbers, got \(2, 1\)"):
-        predict(linear, "cpu", [(samples.tensors[0][:2], torch.zeros(2, 1))])
+    assert predict(linear, "cpu", [(samples.tensors[0][:2], torch.zeros(2, 1))])[2].shape == (2,)
+    with pytest.raises(RuntimeError, match="shape"):
+        predict(linear, "cpu", [(samples.tensors[0][:2], torch.zeros(2, 10))])
     _, sharp, _ = predict(linear[:2], "cpu", DataLoader(samples, 64), temperature=0.5)  # of logits
     torch.testing.assert_close(sharp, expected**2 / (expected**2).sum(dim=1, keepdim=True))
 
@@ -74,6 +75,19 @@ def test_nothing_around_the_digit_nor_its_size_is_in_the_way(net):
         assert predict_image(net, image)[0] == 7
 
 
+def test_speckled_strokes_are_read_and_speckled_squares_are_refused(net):
+    rng = np.random.default_rng(0)
+    grid = [[(-1, y), (2, y)] for y in (0.2, 0.4, 0.6, 0.8)]
+    grid += [[(x, -1), (x, 2)] for x in (0.2, 0.4, 0.6, 0.8)]
+    for strokes, width, digit in (SEVEN, 16, 7), (SEVEN, 28, 7), (grid, 16, None), (grid, 24, None):
+        pixels = 255 - np.asarray(sheet(strokes, width, 300))
+        for grains in np.full(pixels.shape, False), rng.random(pixels.shape) < 0.04:
+            grains = ndimage.binary_dilation(grains, np.ones((2, 2)))  # about 15 % of the pixels
+            chalk = np.where(grains, pixels.min(), pixels)
+            for image in (chalk, 255 - chalk):
+                assert handwriting.recognise(net, image) == digit
+
+
 def test_shades_and_lines_are_not_the_digit(net):
     correct = 0
     for index in (12, 43, 140, 150, 229, 236):
@@ -114,6 +128,9 @@ def test_the_input_has_mnists_form_and_is_what_the_model_sees(five):
     seen = (torch.from_numpy(model_input).double() / 255 - utils.MEAN) / utils.STD
     torch.testing.assert_close(model.images, seen[None, None])
     assert not probabilities.requires_grad
+    _, half, _ = predict_image(Same().bfloat16(), five)
+    torch.testing.assert_close(half, probabilities.float(), rtol=0.05, atol=0)
+    assert abs(half.sum() - 1) < 1e-5  # rounded to bfloat16, it could be off by 1e-3
 
 
 def variants(five, folder):
@@ -135,6 +152,7 @@ def variants(five, folder):
     deep = Image.fromarray(256 * np.asarray(turned, np.uint16))
     deep.save(folder / "deep.png", exif=exif)
     yield folder / "deep.png"
+    yield (folder / "deep.png").read_bytes()
 
 
 def test_all_kinds_of_images_give_the_same(five, tmp_path):
@@ -162,6 +180,13 @@ def test_what_shows_no_digit_is_refused(five, tmp_path):
     for image in (np.hstack([five, five]), np.vstack([five, five]), ones):
         with pytest.raises(ValueError, match="several digits"):
             predict_image(Same(), image)
+    for shape in ((16, 1, 28, 28), (2, 1, 28, 28), (5, 28, 28), (1, 28, 28, 5)):
+        with pytest.raises(ValueError, match="expected one image, got shape") as error:
+            predict_image(Same(), torch.rand(shape))
+        assert len(str(error.value)) < 250 and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot read") as error:
+        predict_image(Same(), "data:image/png;base64," + 9999 * "A")
+    assert len(str(error.value)) < 350
     five.save(tmp_path / "it.jpg")
     for content in (b"text", (tmp_path / "it.jpg").read_bytes()[:2000]):
         (tmp_path / "it.jpg").write_bytes(content)
