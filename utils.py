@@ -1,6 +1,7 @@
 """Train, test, data, plot and checkpoint helpers for small image classifiers."""
 
 import base64
+import contextlib
 import copy
 import hashlib
 import io
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 from skimage import filters, measure, morphology, segmentation
+from torch.utils._pytree import tree_map
 from torch.utils.data import Subset
 from torchvision import datasets, transforms
 from tqdm import tqdm
@@ -34,9 +37,8 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used 
 
 def get_device():
     """Return the `torch.device` of the GPU (CUDA, MPS, XPU, …) or, without one, of the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    accelerator = torch.accelerator
+    return torch.device(accelerator.current_accelerator() if accelerator.is_available() else "cpu")
 
 
 def set_seed(seed, epoch=None):
@@ -54,7 +56,7 @@ def is_interactive():
     ipython = sys.modules.get("IPython")  # imported already if a kernel is running
     kernel = ipython and getattr(ipython.get_ipython(), "kernel", None)
     if not kernel:
-        return sys.stdout.isatty()
+        return getattr(sys.stdout, "isatty", bool)()  # bool() is False: for a log, or None
     return getattr(kernel, "_allow_stdin", True)  # papermill and nbconvert run one without stdin
 
 
@@ -69,12 +71,12 @@ def train(
 
     model: on `device`; its output has shape (N, classes).
     train_loader: any iterable of batches (data, target), with N integer labels in `target`.
-    criterion: returns the mean over the batch or, if its `reduction` is "sum", the sum.
+    criterion: returns the mean over the batch or, if its `reduction` is "sum", the sum. With class
+        weights, or labels that it ignores (-100), the mean loss depends on the batch size.
     train_losses, train_acc: lists to which the loss and the accuracy are appended.
     scheduler: stepped after each batch, as OneCycleLR expects. If yours counts epochs, as StepLR
         and ReduceLROnPlateau do, call its `step` yourself, after `train`.
     cuda_graph: on one CUDA GPU, record the forward and backward pass and replay it: `CudaGraph`.
-
     Raises FloatingPointError if the mean loss is not finite, ValueError if the loader is empty.
     """
     model.train()
@@ -130,26 +132,19 @@ def predict(model, device, loader, temperature=1.0):
     model.eval()
     probabilities, targets = [], []
     for data, target in loader:
-        logits = model(data.to(device)) / temperature
+        logits = model(data.to(device))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         probabilities.append(logits.softmax(dim=1).cpu())
         targets.append(target.cpu())
-    probabilities, targets = torch.cat(probabilities), torch.cat(targets)
+        torch.clear_autocast_cache()  # or `train` would use these weights, without gradients
+    probabilities = torch.cat(probabilities)
     predictions = probabilities.argmax(dim=1)
-    if targets.shape != predictions.shape:
-        raise ValueError(f"expected {len(predictions)} class numbers, got {tuple(targets.shape)}")
-    return predictions, probabilities, targets
+    return predictions, probabilities, torch.cat(targets).reshape(predictions.shape)
 
 
 def get_correct_pred_count(pred, target):
     """Return how many of the N rows of `pred` (N, classes) have their maximum at `target` (N,)."""
-    return _count_correct(pred, target).item()
-
-
-def _count_correct(output, target):
-    """Like `get_correct_pred_count`, but as a tensor, so that nothing waits for the device."""
-    if target.shape != output.shape[:1]:  # (N, 1) would be compared with every row
-        raise ValueError(f"expected {len(output)} class numbers, got {tuple(target.shape)}")
-    return (output.argmax(dim=1) == target).sum()
+    return (pred.argmax(dim=1) == target.reshape(len(pred))).sum().item()
 
 
 class RunningMetrics:
@@ -168,8 +163,9 @@ class RunningMetrics:
     def update(self, loss, output, target):
         """Add a batch: output of shape (N, classes), target of shape (N,)."""
         self.sums[0].add_(loss, alpha=1 if self.is_sum else len(target))
-        self.sums[1].add_(_count_correct(output, target))
+        self.sums[1].add_((output.argmax(dim=1) == target.reshape(len(output))).sum())
         self.sums[2].add_(len(target))
+        torch.clear_autocast_cache()  # or autocast would use these weights after the next step
 
     def finish(self, name, verbose, all_processes=False):
         """Return the loss and the accuracy in percent, append each to its list, and print both."""
@@ -180,7 +176,8 @@ class RunningMetrics:
             raise ValueError("the loader is empty")
         loss, accuracy = loss / count, 100 * correct / count
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}: is the learning rate too high?")
+            causes = "is the learning rate too high, or are all labels of a batch -100 (ignored)?"
+            raise FloatingPointError(f"the loss is {loss}: {causes}")
         self.append_loss(loss)
         self.append_accuracy(accuracy)
         if verbose:
@@ -221,7 +218,6 @@ def load_data(name="auto", root=None):
         scikit-learn's 1,797 small digits, which need no network; or "auto": MNIST, or digits with a
         warning if MNIST cannot be downloaded. What was loaded is in `.name`.
     root: folder of the data; by default the environment variable DATA_DIR, else "data".
-
     Raises ValueError for an unknown name or damaged files, RuntimeError if the download fails.
     """
     root = Path(root or os.environ.get("DATA_DIR") or "data").expanduser()
@@ -237,18 +233,20 @@ def load_data(name="auto", root=None):
     dataset = Digits if name == "digits" else getattr(datasets, name)
     folder = root / name / "raw"
     damaged = f"the files in '{folder}' are damaged: delete them to download them again"
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # until the first has downloaded: its barrier is in `finally`
     try:
-        pair = [dataset(root, train=train, download=True) for train in (True, False)]
+        try:
+            pair = [dataset(root, train=train) for train in (True, False)]
+        except Exception:  # not there, or being written by another process
+            with FileLock(root / f"{name}.lock"):  # waits for it
+                pair = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises errors of many types
-        if len(list(folder.glob("*-ubyte"))) == 4:  # all are there, but cannot be decoded
+        expected = [file.removesuffix(".gz") for file, _ in dataset.resources]
+        found = sorted(path.name for path in folder.glob("*ubyte") if path.is_file())
+        if set(expected) <= set(found):
             raise ValueError(damaged) from error
-        advice = f"put its four files into '{folder}', or name another folder in DATA_DIR"
-        raise RuntimeError(f"cannot download {name}: {advice}. {error}") from error
-    finally:
-        if dist.is_initialized() and dist.get_rank() == 0:
-            dist.barrier()  # lets the others start
+        advice = f"put {expected} into '{folder}' (found: {found}), or set DATA_DIR"
+        kind = ValueError if len(found) >= 4 else RuntimeError  # there, under other names
+        raise kind(f"cannot download {name}: {advice}. {error}") from error
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
     digest = hashlib.sha256(b"".join(tensor.numpy() for tensor in tensors)).hexdigest()
     if (name in DIGESTS and digest != DIGESTS[name]) or max(d.targets.max() for d in pair) > 9:
@@ -285,7 +283,8 @@ class BatchLoader:
     random numbers: see `set_seed`. Of several processes, each gets all batches or, if shuffled, its
     part of each batch: then all must iterate, and up to `world_size - 1` samples are left out.
 
-    dataset: has `.data` (uint8, N×H×W), `.targets` (N integers) and no transform; or a `Subset`.
+    dataset: has `.data` (uint8, N×H×W), `.targets` (N integers) and no transform; or a
+        `TensorDataset` of such images and labels; or a `Subset` of either.
     augment: a `RandomAffine`, for square images.
     """
 
@@ -334,18 +333,22 @@ class BatchLoader:
 
 
 def _images_and_targets(dataset):
-    """Return `.data` (N, H, W) and `.targets` (N,), or the part of them that a `Subset` selects."""
+    """Return images (N, H, W) and labels (N,), or the part of them that a `Subset` selects."""
     if isinstance(dataset, Subset):
         images, targets = _images_and_targets(dataset.dataset)
-        indices = torch.as_tensor(dataset.indices, dtype=torch.long, device="cpu")
-        return images[indices], targets[indices]
+        index = torch.tensor(np.asarray(dataset.indices), device="cpu")
+        if len(index) > 0 and index.dtype not in (torch.int64, torch.int32):  # such as a mask
+            raise ValueError(f"expected indices, as of mask.nonzero().flatten(), got {index.dtype}")
+        return images[index.long()], targets[index.long()]
     if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
         raise ValueError("expected a dataset without a transform: a BatchLoader applies none")
-    images = torch.as_tensor(dataset.data, device="cpu")
-    targets = torch.as_tensor(dataset.targets, device="cpu")
-    if images.dtype != torch.uint8 or images.dim() != 3 or targets.shape != images.shape[:1]:
-        form = f"{images.dtype} {tuple(images.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"expected uint8 images (N, H, W) and N labels, got {form}")
+    images, targets = getattr(dataset, "tensors", None) or (dataset.data, dataset.targets)
+    images = torch.as_tensor(images, device="cpu")
+    targets = torch.tensor(np.asarray(targets), device="cpu")  # of a pandas Series, too
+    is_uint8 = images.dtype == torch.uint8 and images.dim() == 3
+    if not is_uint8 or targets.shape != images.shape[:1] or (targets != targets.long()).any():
+        form = f"{images.dtype} {tuple(images.shape)} and {targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(f"expected uint8 images (N, H, W) and N integer labels, got {form}")
     return images, targets
 
 
@@ -357,26 +360,23 @@ class RandomAffine(transforms.RandomAffine):
 
     def sample(self, count):
         """Draw parameters for `count` images: matrices (count, 2, 3) for `F.affine_grid`."""
-
-        def draw(low, high):
-            return torch.empty(count, dtype=torch.float32, device="cpu").uniform_(low, high)
-
-        angle = draw(*self.degrees).deg2rad()
-        right, down = (2 * draw(-limit, limit) for limit in self.translate)  # -1 to 1 is 2 wide
-        scale, tan = draw(*self.scale), draw(*self.shear).deg2rad().tan()
+        x, y = self.translate
+        limits = self.degrees, (-x, x), (-y, y), self.scale, self.shear
+        angle, right, down, scale, shear = (
+            torch.empty(count, dtype=torch.float32, device="cpu").uniform_(*pair) for pair in limits
+        )
+        angle, tan = angle.deg2rad(), shear.deg2rad().tan()
         cos, sin = angle.cos(), angle.sin()
         # F.affine_grid wants the way back: shift back, rotate by [[cos, sin], [-sin, cos]], shear
         # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1.
         rows = cos - sin * tan, sin + cos * tan, -sin, cos  # of shear @ rotation, row by row
         inverse = torch.stack(rows, dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-        offset = -inverse @ torch.stack((right, down), dim=1).unsqueeze(2)  # (count, 2, 1)
+        offset = -2 * inverse @ torch.stack((right, down), dim=1).unsqueeze(2)  # (count, 2, 1)
         return torch.cat((inverse, offset), dim=2)
 
 
 # --- one photo or scan
 # All limits were chosen on MNIST's training digits and on drawings of tests/handwriting.py.
-
-
 def predict_image(model, image, temperature=1.0):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, model_input)`.
 
@@ -384,9 +384,9 @@ def predict_image(model, image, temperature=1.0):
     model_input: what the model saw, a uint8 array (28, 28), light on dark, in MNIST's form: scaled
         to 20 pixels, its centre of mass in the middle (http://yann.lecun.com/exdb/mnist).
     model: gives logits or log-probabilities (1, classes). temperature: as for `predict`.
-    image: a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), whose channels are
-        averaged; dark on light or light on dark, with some paper around the digit.
-
+    image: a path, a file's bytes, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), whose
+        one to four channels are averaged: (3, H, W) is taken for one image in colour, not for three
+        grey ones. Dark on light or light on dark, with some paper around the digit.
     Raises ValueError if the image cannot be read, or does not show one digit.
     """
     model_input = _mnist_form(_find_digit(_small_grey(image)))
@@ -399,30 +399,33 @@ def predict_image(model, image, temperature=1.0):
 
 def _small_grey(image):
     """Return an image in grey and upright, its longer side 200 pixels, as a PIL image."""
+    if isinstance(image, np.ndarray | torch.Tensor):
+        array = np.atleast_3d(np.asarray(image, np.float32).squeeze())
+        axis = np.argmin(array.shape)  # the shortest is that of the channels
+        if array.shape[axis] > 4 or (image.ndim > 3 and len(image) > 1):
+            raise ValueError(f"expected one image, got shape {tuple(image.shape)}")
+        image = Image.fromarray(array.mean(axis))
     try:
-        if isinstance(image, np.ndarray | torch.Tensor):
-            array = np.atleast_3d(np.asarray(image, np.float32).squeeze())
-            axis = np.argmin(array.shape)  # the shortest is that of the channels
-            photo = Image.fromarray(array.mean(axis))
-        else:
-            photo = image if isinstance(image, Image.Image) else Image.open(image)
-        photo = ImageOps.exif_transpose(photo)
+        file = io.BytesIO(image) if isinstance(image, bytes) else image
+        photo = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
     except Exception as error:  # Pillow raises errors of many types
-        raise ValueError(f"cannot read the image '{image}': {error}") from error
+        raise ValueError(f"cannot read the image {str(image)[-99:]!r}: {error!s:.199}") from error
     if photo.has_transparency_data:  # on grey, black ink and white ink can both be seen
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "grey"), photo.convert("RGBA"))
     return ImageOps.contain(photo.convert("F"), (200, 200))
 
 
 def _find_digit(grey):
-    """Return the mask (H, W) of the digit in a grey PIL image."""
+    """Return the digit in a grey PIL image, an array (H, W): 1 in its ink, 0 in all else."""
+    photo, grey = grey, _with_paper_around(grey)
+    thickest = 0.35 if grey is photo else 0.5  # of the digit's side; hands and stains are thicker
     middle = np.outer(np.hanning(grey.height + 2), np.hanning(grey.width + 2))[1:-1, 1:-1]
-    for ink_mask in _ink_masks(grey, middle):
+    for ink_mask, ink in _ink_masks(grey, middle):
         labels = measure.label(ink_mask)
         inside = segmentation.clear_border(labels)  # labels, but 0 in parts that the border cuts
         weights = np.bincount(labels.flat, (middle * ink_mask).flat)  # by label: large and central
         parts = sorted(measure.regionprops(labels), key=lambda part: -weights[part.label])
-        digit = next((part for part in parts if _may_be_digit(part, inside)), None)
+        digit = next((part for part in parts if _may_be_digit(part, inside, thickest)), None)
         if digit is None:
             continue
         mask = (inside > 0) | (labels == digit.label)  # the digit, and parts clear of the border
@@ -433,54 +436,58 @@ def _find_digit(grey):
             is_large = part.label in inside and weights[part.label] > 0.2 * weights[digit.label]
             if is_large and _is_another_digit(part, digit, is_near=group[tuple(part.coords[0])]):
                 raise ValueError("found several digits in the image: crop it to one of them")
-        return group
+        return ink * ndimage.binary_dilation(group, np.ones((3, 3)))  # with its soft edges
     raise ValueError("found no digit in the image: expected one, with some paper around it")
 
 
+def _with_paper_around(grey):
+    """Return a grey PIL image, with paper around it if a digit fills it, as one cut out does."""
+    pixels = np.asarray(grey)
+    dark = pixels < filters.threshold_otsu(pixels)
+    if not dark.any() or np.corrcoef(dark.flat, pixels.flat)[0, 1] > -0.85:
+        return grey  # not black and white: two greys give -1, a normal distribution -0.8
+    for ink in dark, ~dark:
+        reaches_sides = min(ink[:9].any(), ink[-9:].any(), ink[:, :9].any(), ink[:, -9:].any())
+        edge = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
+        if reaches_sides and 0.15 < ink.mean() < 0.7 and edge.mean() < 0.8 * ink.mean():
+            return ImageOps.expand(grey, 50, float(np.median(pixels[~ink])))
+    return grey
+
+
 def _ink_masks(grey, middle):
-    """Yield masks of what may be ink, ever stricter; at last, of a digit that fills the image."""
+    """Yield masks of what may be ink, ever stricter, each with its ink as an array of 0 to 1."""
     # A median over most of a tiny copy is the paper without the ink, with its shades and shadows.
     tiny = grey.resize((40, 40), Image.Resampling.BOX)
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     pixels = np.asarray(grey)
-    ink = ndimage.gaussian_filter(np.asarray(paper, float) - pixels, 0.7)
-    ink *= np.sign((middle * ink**3).sum())  # light ink is < 0: flip it (**3: strong ink decides)
+    sharp = np.asarray(paper, float) - pixels
+    ink = ndimage.gaussian_filter(sharp, 0.7)
+    if (middle * ink**3).sum() < 0:  # light ink on dark (**3: strong ink decides)
+        sharp, ink = -sharp, -ink
     faintest = 0.06 * np.abs(pixels).max()  # the least contrast of ink with its paper
     threshold = filters.threshold_otsu(ink)
     for contrast in (1, 1.5, 1.5):  # later masks must stand out more
         mask = filters.apply_hysteresis_threshold(ink, 0.7 * threshold, threshold)
         noise = ink[~mask].std()
         if mask.any() and ink[mask].mean() > contrast * max(faintest, 3 * noise):
-            yield mask
+            yield mask, (sharp / (1.5 * threshold)).clip(0, 1)  # even strokes, as in MNIST
         threshold = filters.threshold_otsu(ink[ink >= threshold])  # drops shades and lines
-    if np.ptp(pixels) > faintest:  # not a blank page
-        yield from _cut_out_masks(pixels)
 
 
-def _cut_out_masks(pixels):
-    """Yield masks of a digit that fills its image, so that the median finds no paper."""
-    dark = pixels < filters.threshold_otsu(pixels)
-    if np.corrcoef(dark.flat, pixels.flat)[0, 1] >= -0.85:
-        return  # not black and white: two greys give -1, a normal distribution -0.8
-    labels = measure.label(dark.astype(int), background=-1)  # numbers the light parts, too
-    for part in measure.regionprops(labels):
-        fills_image = np.subtract(pixels.shape, part.image.shape).max() < 3  # or nearly
-        corners = part.image[np.ix_([0, -1], [0, -1])]  # that it covers; paper covers 3 or 4
-        if fills_image and corners.sum() < 3:
-            yield labels == part.label
-
-
-def _may_be_digit(part, inside):
+def _may_be_digit(part, inside, thickest):
     """Return whether a part of the ink is not a speck, line, grid, blob or shadow."""
     height, width = part.image.shape
-    side, holes = max(height, width), 1 - part.euler_number
-    if side < 8 or width > 3 * height or holes > 3:
+    side = max(height, width)
+    if side < 8 or width > 3 * height:
         return False
-    radius = ndimage.distance_transform_edt(np.pad(part.image, 1)).max() - 1  # 0 for a thin line
-    fills_image = np.subtract(inside.shape, part.image.shape).max() < 3  # or nearly
-    is_blob = 2 * radius * part.solidity >= (0.5 if fills_image else 0.35) * side  # thick, compact
-    is_whole = part.label in inside or fills_image  # else the border cuts it
-    return not is_blob and (is_whole or part.solidity < 0.7)  # cut and compact: a shadow
+    ink, reach = np.pad(part.image, 6), 0.02 * side
+    wide = morphology.isotropic_dilation(ink, reach)  # closes pinholes and breaks of rough strokes
+    gaps = (np.bincount(measure.label(~mask, connectivity=1).flat)[1:] for mask in (ink, wide))
+    holes = max((areas > 0.001 * side**2).sum() for areas in gaps) - 1  # larger than pinholes
+    radius = ndimage.distance_transform_edt(wide).max() - 1 - reach  # 0 for a thin line
+    is_blob = 2 * radius * part.solidity >= thickest * side  # thick and compact
+    is_whole = part.label in inside  # else the border cuts it; cut and compact, it is a shadow
+    return holes <= 3 and not is_blob and (is_whole or part.solidity < 0.7)
 
 
 def _is_another_digit(part, digit, is_near):
@@ -495,23 +502,25 @@ def _is_another_digit(part, digit, is_near):
 
 
 def _mnist_form(digit):
-    """Scale a digit's mask to 20 pixels and centre its mass in a uint8 image (28, 28)."""
-    rows, columns = np.nonzero(digit)
-    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # mask pixels per result pixel
-    soft = ndimage.gaussian_filter(digit.astype(float), 0.4 * scale)
+    """Scale a digit's ink to 20 pixels and centre its mass in a uint8 image (28, 28)."""
+    rows, columns = np.nonzero(digit > 0.5 * digit.max())
+    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20  # pixels per result pixel
+    soft = ndimage.gaussian_filter(digit, 0.4 * scale)
     corner = np.array(ndimage.center_of_mass(soft)) - 13.5 * scale  # 13.5: the middle of 0 to 27
     image = ndimage.affine_transform(soft, scale * np.eye(2), corner, (28, 28), order=1)
     return (255 * image / image.max()).round().astype(np.uint8)
 
 
 # --- plots: each draws a new pyplot figure and leaves it open, to be shown or saved
-
-
 def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
-    """Plot loss and accuracy (percent) by epoch, train against test."""
+    """Plot loss and accuracy (percent) by epoch, train against test, whose lists may be empty."""
+    count, *others = map(len, (train_losses, train_acc, test_losses, test_acc))
+    if count == 0 or others not in ([count] * 3, [count, 0, 0]):
+        raise ValueError(f"expected lists of one length, or no test, got {[count, *others]} values")
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, losses, acc in ("train", train_losses, train_acc), ("test", test_losses, test_acc):
-        epochs = range(1, len(losses) + 1)
+    curves = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
+    for name, losses, acc in curves if len(test_acc) > 0 else curves[:1]:
+        epochs = range(1, count + 1)
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, acc, ".-", label=f"{name} {acc[-1]:.2f} %")
     limit = 100.1  # the scale's infinity: above 100 %, so that 100 % can be drawn
@@ -526,7 +535,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
         axes.set(xlabel="epoch", ylabel=name)
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(title=f"after epoch {len(train_losses)}")
+        axes.legend(title=f"after epoch {count}")
 
 
 def plot_images(images, titles):
@@ -553,12 +562,17 @@ def plot_sample_data(data_loader):
     dataset = getattr(data_loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    names = dict(enumerate(getattr(dataset, "classes", ())))
+    names = getattr(dataset, "classes", ())
+    names = dict(names if isinstance(names, dict) else enumerate(names))
     plot_images(images, [names.get(label, label) for label in labels])
 
 
 def plot_misclassified(images, predictions, probabilities, targets, classes):
     """Plot up to 24 of the images (N, H, W) that `predict` got wrong, the most confident first."""
+    if not len(images) == len(predictions) == len(probabilities):
+        raise ValueError(
+            f"expected images of all {len(predictions)} predictions, got {len(images)}"
+        )
     predictions, targets = np.asarray(predictions), np.asarray(targets)
     percent = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
     wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])[:24]
@@ -575,15 +589,14 @@ def plot_prediction(image, probabilities, model_input, classes):
     middle.imshow(model_input, cmap="gray", vmin=0, vmax=255)
     left.set(xlabel="the image, in grey", xticks=[], yticks=[])
     middle.set(xlabel="what the model sees", xticks=[], yticks=[])
-    bars = right.barh(classes, 100 * np.asarray(probabilities))
+    names = [classes[number] for number in range(len(probabilities))]  # of a list or a dictionary
+    bars = right.barh(names, 100 * np.asarray(probabilities))
     right.bar_label(bars, fmt="{:.0f} %", padding=4)
     right.set(xlabel="probability (%)", xlim=(0, 120), xticks=range(0, 101, 20))
     right.invert_yaxis()
 
 
 # --- checkpoints, and several processes
-
-
 def save_checkpoint(path, epoch, hyperparameters, **state):
     """Save a run after `epoch`. If the process is killed, `path` holds the old file or the new one.
 
@@ -594,17 +607,25 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
         return
     parts = {k: v if isinstance(v, list) else v.state_dict() for k, v in state.items()}
     checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
+    checkpoint = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, checkpoint)
+    checkpoint |= {k: v for k, v in parts.items() if hasattr(v, "_metadata")}  # a model's, unmapped
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # unreadable? fail now
+    target = Path(path).resolve()  # what a link points to
+    for leftover in target.parent.glob("[0-9a-f]" * 16 + ".new"):
+        leftover.unlink(missing_ok=True)  # its process was killed, or is still saving: see below
+    temporary = target.with_name(os.urandom(8).hex() + ".new")  # of this process alone
     try:
-        with open(f"{path}.new", "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.new", path)  # at once, or not at all
+        while True:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
+                return os.replace(temporary, target)  # at once, or not at all
     finally:
-        Path(f"{path}.new").unlink(missing_ok=True)  # if writing failed
+        temporary.unlink(missing_ok=True)  # if writing failed
 
 
 def load_checkpoint(path, hyperparameters, **state):
@@ -619,9 +640,8 @@ def load_checkpoint(path, hyperparameters, **state):
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         saved = checkpoint["hyperparameters"]
-        damaged = zipfile.ZipFile(file).testzip()  # compares CRC32s, which torch.load does not
-        if damaged:
-            raise ValueError(f"wrong checksum of {damaged}")
+        if zipfile.ZipFile(file).testzip():  # compares CRC32s, which torch.load does not
+            raise ValueError("wrong CRC32")
     except Exception as error:  # zipfile and torch.load raise errors of many types
         raise ValueError(f"'{path}' is damaged or not a checkpoint: delete it") from error
     if saved != hyperparameters:
@@ -715,8 +735,7 @@ def drawing_pad(model, classes, temperature=1.0):
         try:
             digit, probabilities, model_input = predict_image(model, image, temperature)
         except ValueError as error:
-            print(error)
-            return
+            return print(error)
         plot_prediction(image, probabilities, model_input, classes)
         plt.suptitle(classes[digit])
         plt.show()
