@@ -176,8 +176,7 @@ class RunningMetrics:
             raise ValueError("the loader is empty")
         loss, accuracy = loss / count, 100 * correct / count
         if not math.isfinite(loss):
-            causes = "is the learning rate too high, or are all labels of a batch -100 (ignored)?"
-            raise FloatingPointError(f"the loss is {loss}: {causes}")
+            raise FloatingPointError(f"the loss is {loss}: learning rate too high, or labels -100?")
         self.append_loss(loss)
         self.append_accuracy(accuracy)
         if verbose:
@@ -227,9 +226,8 @@ def load_data(name="auto", root=None):
         except RuntimeError as error:  # no network, no permission to write, …
             warnings.warn(f"USING THE SMALL SET 'digits' INSTEAD OF MNIST: {error}", stacklevel=2)
             return load_data("digits")
-    names = "MNIST", "FashionMNIST", "KMNIST", "digits"
-    if name not in names:
-        raise ValueError(f"expected 'auto' or one of {names}, got {name!r}")
+    if name not in ("MNIST", "FashionMNIST", "KMNIST", "digits"):
+        raise ValueError(f"expected auto, MNIST, FashionMNIST, KMNIST or digits, got {name!r}")
     dataset = Digits if name == "digits" else getattr(datasets, name)
     folder = root / name / "raw"
     damaged = f"the files in '{folder}' are damaged: delete them to download them again"
@@ -461,9 +459,8 @@ def _ink_masks(grey, middle):
     paper = tiny.filter(ImageFilter.MedianFilter(33)).resize(grey.size)
     pixels = np.asarray(grey)
     sharp = np.asarray(paper, float) - pixels
+    sharp *= np.sign((middle * sharp**3).sum())  # flips light ink, < 0 (**3: strong ink decides)
     ink = ndimage.gaussian_filter(sharp, 0.7)
-    if (middle * ink**3).sum() < 0:  # light ink on dark (**3: strong ink decides)
-        sharp, ink = -sharp, -ink
     faintest = 0.06 * np.abs(pixels).max()  # the least contrast of ink with its paper
     threshold = filters.threshold_otsu(ink)
     for contrast in (1, 1.5, 1.5):  # later masks must stand out more
@@ -716,8 +713,7 @@ export default { render({ model, el }) {
 def drawing_pad(model, classes, temperature=1.0):
     """Return a widget that recognises a drawn or uploaded digit with a copy of `model` made now."""
     if not is_interactive():
-        print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
-        return None
+        return print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
     import anywidget
     import traitlets
     from ipywidgets import Output, VBox

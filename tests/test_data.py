@@ -74,7 +74,7 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path):
     four = r"train-images-idx3-ubyte.*raw' \(found: \['t10k-labels.*train-labels-idx1-ubyte'\]\)"
     with pytest.raises(RuntimeError, match=f"cannot download KMNIST: put.*{four}"):
         utils.load_data("KMNIST", tmp_path)
-    with pytest.raises(ValueError, match="'MNIST'.*got 'mnist'"):
+    with pytest.raises(ValueError, match="MNIST.*got 'mnist'"):
         utils.load_data("mnist")
 
 
