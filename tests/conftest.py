@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time; before torch is imported
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"  # refuses: offline
+os.environ["no_proxy"] = "127.0.0.1"  # except from a test's own server
 
 import pytest  # torch is imported below: the process that only starts the others needs none
 

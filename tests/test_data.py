@@ -79,12 +79,11 @@ def test_without_a_network_auto_falls_back_to_digits_with_a_warning(tmp_path):
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def mirror(tmp_path):
     """The address of a server that sends the files in `tmp_path`."""
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 
