@@ -32,6 +32,7 @@ DIGESTS = {  # SHA-256 of a dataset's images and labels, training and test toget
     "FashionMNIST": "ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
 }
 CHUNK = 16  # batches prepared at once: fewer calls, and the chunk still fits in the cache
+cleaned_folders = set()  # in which `save_checkpoint` has deleted what killed processes left
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0…1; used for every dataset
 
 
@@ -56,7 +57,7 @@ def is_interactive():
     ipython = sys.modules.get("IPython")  # imported already if a kernel is running
     kernel = ipython and getattr(ipython.get_ipython(), "kernel", None)
     if not kernel:
-        return getattr(sys.stdout, "isatty", bool)()  # bool() is False: for a log, or None
+        return hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     return getattr(kernel, "_allow_stdin", True)  # papermill and nbconvert run one without stdin
 
 
@@ -136,7 +137,6 @@ def predict(model, device, loader, temperature=1.0):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         probabilities.append(logits.softmax(dim=1).cpu())
         targets.append(target.cpu())
-        torch.clear_autocast_cache()  # or `train` would use these weights, without gradients
     probabilities = torch.cat(probabilities)
     predictions = probabilities.argmax(dim=1)
     return predictions, probabilities, torch.cat(targets).reshape(predictions.shape)
@@ -159,6 +159,7 @@ class RunningMetrics:
         self.is_sum = keywords.get("reduction", getattr(inner, "reduction", None)) == "sum"
         dtype = torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
         self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct, samples
+        torch.clear_autocast_cache()  # of weights from before, without gradients in PyTorch 2.6
 
     def update(self, loss, output, target):
         """Add a batch: output of shape (N, classes), target of shape (N,)."""
@@ -239,10 +240,10 @@ def load_data(name="auto", root=None):
                 pair = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises errors of many types
         expected = [file.removesuffix(".gz") for file, _ in dataset.resources]
-        found = sorted(path.name for path in folder.glob("*ubyte") if path.is_file())
-        if set(expected) <= set(found):
+        found = sorted(path.name for path in folder.glob("*ubyte"))
+        if all((folder / file).is_file() for file in expected):
             raise ValueError(damaged) from error
-        advice = f"put {expected} into '{folder}' (found: {found}), or set DATA_DIR"
+        advice = f"put {expected} into '{folder}' (found: {found}), or name another in DATA_DIR"
         kind = ValueError if len(found) >= 4 else RuntimeError  # there, under other names
         raise kind(f"cannot download {name}: {advice}. {error}") from error
     tensors = [tensor for data in pair for tensor in (data.data, data.targets)]
@@ -310,8 +311,7 @@ class BatchLoader:
     def __iter__(self):
         rank, world_size, size = self._shard()
         count, device = len(self.images), self.images.device
-        draw_order = torch.randperm if self.shuffle else torch.arange
-        order = draw_order(count, device="cpu")  # the same for every kind of GPU
+        order = (torch.randperm if self.shuffle else torch.arange)(count, device="cpu")
         if world_size > 1:
             orders = [order]
             dist.broadcast_object_list(orders)  # the first process's; NCCL sends no CPU tensors
@@ -335,14 +335,16 @@ def _images_and_targets(dataset):
     if isinstance(dataset, Subset):
         images, targets = _images_and_targets(dataset.dataset)
         index = torch.tensor(np.asarray(dataset.indices), device="cpu")
-        if len(index) > 0 and index.dtype not in (torch.int64, torch.int32):  # such as a mask
-            raise ValueError(f"expected indices, as of mask.nonzero().flatten(), got {index.dtype}")
+        is_mask = index.dtype in (torch.bool, torch.uint8) or index.is_floating_point()
+        if len(index) > 0 and (is_mask or index.dim() != 1):
+            form = f"{index.dtype} {tuple(index.shape)}"
+            raise ValueError(f"expected indices, such as mask.nonzero().flatten(), got {form}")
         return images[index.long()], targets[index.long()]
     if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
         raise ValueError("expected a dataset without a transform: a BatchLoader applies none")
     images, targets = getattr(dataset, "tensors", None) or (dataset.data, dataset.targets)
     images = torch.as_tensor(images, device="cpu")
-    targets = torch.tensor(np.asarray(targets), device="cpu")  # of a pandas Series, too
+    targets = torch.tensor(getattr(targets, "tolist", lambda: list(targets))(), device="cpu")
     is_uint8 = images.dtype == torch.uint8 and images.dim() == 3
     if not is_uint8 or targets.shape != images.shape[:1] or (targets != targets.long()).any():
         form = f"{images.dtype} {tuple(images.shape)} and {targets.dtype} {tuple(targets.shape)}"
@@ -373,8 +375,7 @@ class RandomAffine(transforms.RandomAffine):
         return torch.cat((inverse, offset), dim=2)
 
 
-# --- one photo or scan
-# All limits were chosen on MNIST's training digits and on drawings of tests/handwriting.py.
+# --- one photo or scan; limits from MNIST's training digits and tests/handwriting.py's drawings
 def predict_image(model, image, temperature=1.0):
     """Recognise one handwritten digit in a photo or scan: `(digit, probabilities, model_input)`.
 
@@ -400,11 +401,11 @@ def _small_grey(image):
     if isinstance(image, np.ndarray | torch.Tensor):
         array = np.atleast_3d(np.asarray(image, np.float32).squeeze())
         axis = np.argmin(array.shape)  # the shortest is that of the channels
-        if array.shape[axis] > 4 or (image.ndim > 3 and len(image) > 1):
+        if array.shape[axis] > 4 or image.ndim < 2 or (image.ndim > 3 and len(image) > 1):
             raise ValueError(f"expected one image, got shape {tuple(image.shape)}")
         image = Image.fromarray(array.mean(axis))
     try:
-        file = io.BytesIO(image) if isinstance(image, bytes) else image
+        file = io.BytesIO(image) if isinstance(image, bytes | bytearray | memoryview) else image
         photo = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
     except Exception as error:  # Pillow raises errors of many types
         raise ValueError(f"cannot read the image {str(image)[-99:]!r}: {error!s:.199}") from error
@@ -415,8 +416,7 @@ def _small_grey(image):
 
 def _find_digit(grey):
     """Return the digit in a grey PIL image, an array (H, W): 1 in its ink, 0 in all else."""
-    photo, grey = grey, _with_paper_around(grey)
-    thickest = 0.35 if grey is photo else 0.5  # of the digit's side; hands and stains are thicker
+    grey, thickest = _with_paper_around(grey)  # of the digit's side; hands and stains are thicker
     middle = np.outer(np.hanning(grey.height + 2), np.hanning(grey.width + 2))[1:-1, 1:-1]
     for ink_mask, ink in _ink_masks(grey, middle):
         labels = measure.label(ink_mask)
@@ -439,17 +439,17 @@ def _find_digit(grey):
 
 
 def _with_paper_around(grey):
-    """Return a grey PIL image, with paper around it if a digit fills it, as one cut out does."""
+    """Return the image, with paper around a digit that was cut out, and its greatest thickness."""
     pixels = np.asarray(grey)
     dark = pixels < filters.threshold_otsu(pixels)
     if not dark.any() or np.corrcoef(dark.flat, pixels.flat)[0, 1] > -0.85:
-        return grey  # not black and white: two greys give -1, a normal distribution -0.8
+        return grey, 0.35  # not black and white: two greys give -1, a normal distribution -0.8
     for ink in dark, ~dark:
         reaches_sides = min(ink[:9].any(), ink[-9:].any(), ink[:, :9].any(), ink[:, -9:].any())
         edge = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
         if reaches_sides and 0.15 < ink.mean() < 0.7 and edge.mean() < 0.8 * ink.mean():
-            return ImageOps.expand(grey, 50, float(np.median(pixels[~ink])))
-    return grey
+            return ImageOps.expand(grey, 50, float(np.median(pixels[~ink]))), 0.5
+    return grey, 0.35
 
 
 def _ink_masks(grey, middle):
@@ -521,7 +521,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
         left.plot(epochs, losses, ".-", label=f"{name} {losses[-1]:.4f}")
         right.plot(epochs, acc, ".-", label=f"{name} {acc[-1]:.2f} %")
     limit = 100.1  # the scale's infinity: above 100 %, so that 100 % can be drawn
-    bottom = limit - 1.1 * (limit - min(*train_acc, *test_acc))  # 1.1 times the worst's distance
+    bottom = limit - 1.1 * (limit - min([*train_acc, *test_acc]))  # 1.1 times the worst's distance
     right.set_ylim(bottom, 100.02)  # leaves room for a marker at 100 %
     to_axis, from_axis = (lambda acc: -np.log(limit - acc)), (lambda y: limit - np.exp(-y))
     right.set_yscale("function", functions=(to_axis, from_axis))  # wider towards 100 %
@@ -566,10 +566,9 @@ def plot_sample_data(data_loader):
 
 def plot_misclassified(images, predictions, probabilities, targets, classes):
     """Plot up to 24 of the images (N, H, W) that `predict` got wrong, the most confident first."""
-    if not len(images) == len(predictions) == len(probabilities):
-        raise ValueError(
-            f"expected images of all {len(predictions)} predictions, got {len(images)}"
-        )
+    lengths = [len(values) for values in (images, predictions, probabilities, targets)]
+    if min(lengths) < max(lengths):
+        raise ValueError(f"expected images and what `predict` returned for them, got {lengths}")
     predictions, targets = np.asarray(predictions), np.asarray(targets)
     percent = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
     wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])[:24]
@@ -603,15 +602,17 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     parts = {k: v if isinstance(v, list) else v.state_dict() for k, v in state.items()}
-    checkpoint = {"epoch": epoch, "hyperparameters": hyperparameters, **parts}
-    checkpoint = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, checkpoint)
-    checkpoint |= {k: v for k, v in parts.items() if hasattr(v, "_metadata")}  # a model's, unmapped
+    parts |= {"epoch": epoch, "hyperparameters": hyperparameters}
+    plain = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, parts)
+    plain |= {k: v for k, v in parts.items() if hasattr(v, "_metadata")}  # tree_map drops it
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save(plain, buffer)
     torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # unreadable? fail now
     target = Path(path).resolve()  # what a link points to
-    for leftover in target.parent.glob("[0-9a-f]" * 16 + ".new"):
-        leftover.unlink(missing_ok=True)  # its process was killed, or is still saving: see below
+    if target.parent not in cleaned_folders:  # once in a process, or others might never end
+        cleaned_folders.add(target.parent)
+        for leftover in target.parent.glob("[0-9a-f]" * 16 + ".new"):
+            leftover.unlink(missing_ok=True)  # its process was killed, or is saving: see below
     temporary = target.with_name(os.urandom(8).hex() + ".new")  # of this process alone
     try:
         while True:
@@ -676,7 +677,6 @@ def end_distributed():
 
 
 # --- drawing pad
-
 PAD_SCRIPT = """
 export default { render({ model, el }) {
   el.innerHTML = `<canvas style="border: 1px solid; touch-action: none"></canvas>

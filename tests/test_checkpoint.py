@@ -116,8 +116,18 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     assert wanted < 50 or while_saving > 0
 
 
+def test_a_save_whose_file_another_process_deletes_is_repeated(tmp_path, monkeypatch):
+    def delete(_):
+        next(tmp_path.glob("*.new")).unlink()
+        monkeypatch.undo()
+
+    monkeypatch.setattr(os, "fsync", delete)
+    save_checkpoint(tmp_path / "checkpoint.pt", 7, {})
+    assert load_checkpoint(tmp_path / "checkpoint.pt", {}) == 7
+
+
 def save_often(path, count):
-    losses = [float(os.getpid())] * random.randrange(1, 100_000)  # files of different sizes
+    losses = [float(os.getpid())] * random.randrange(1, 20_000)  # files of different sizes
     for _ in range(count):
         save_checkpoint(path, 1, {}, losses=losses)
 

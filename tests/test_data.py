@@ -249,8 +249,8 @@ def test_wrong_arguments_fail_where_they_are_given():
     for batch_size in (0, -1, 12.0, 12.5):
         with pytest.raises(ValueError, match=f"cannot split batches of {batch_size} "):
             BatchLoader(numbered(5), batch_size)
-    mask, fractions = [True, False, True], [0.0, 2.0]
-    for kind, indices in product((list, np.array, torch.tensor), (mask, fractions)):
+    wrong = [True, False, True], [0.0, 2.0], [[0], [2]]  # the last: as mask.nonzero() gives
+    for kind, indices in product((list, np.array, torch.tensor), wrong):
         with pytest.raises(ValueError, match=r"indices.*mask.nonzero\(\).flatten\(\), got torch\."):
             BatchLoader(Subset(numbered(3), kind(indices)), 2)
     forms = RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))

@@ -119,7 +119,7 @@ def test_setup_clones_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = code_cells(nbformat.read(ROOT / "S5.ipynb", as_version=4))[0].source
     run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    assert run.returncode > 0 and "start Jupyter or papermill in its folder" in run.stderr
+    assert run.returncode > 0 and "start in the folder of model.py and utils.py" in run.stderr
     source = source.replace('REPO_URL = ""', f'REPO_URL = "{ROOT}"')
     for _ in range(2):  # the second time as after a restart of the kernel
         subprocess.run([sys.executable, "-c", source], check=True)

@@ -180,7 +180,7 @@ def test_what_shows_no_digit_is_refused(five, tmp_path):
     for image in (np.hstack([five, five]), np.vstack([five, five]), ones):
         with pytest.raises(ValueError, match="several digits"):
             predict_image(Same(), image)
-    for shape in ((16, 1, 28, 28), (2, 1, 28, 28), (5, 28, 28), (1, 28, 28, 5)):
+    for shape in ((16, 1, 28, 28), (2, 1, 28, 28), (5, 28, 28), (1, 28, 28, 5), (784,)):
         with pytest.raises(ValueError, match="expected one image, got shape") as error:
             predict_image(Same(), torch.rand(shape))
         assert len(str(error.value)) < 250 and "\n" not in str(error.value)

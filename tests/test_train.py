@@ -90,8 +90,8 @@ def test_train_is_the_textbook_loop_and_may_be_inside_of_an_autocast(linear, sam
     optimizer = sgd(linear)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        utils.predict(linear, "cpu", loader)
         test(linear, "cpu", loader, F.nll_loss)
+        utils.predict(linear, "cpu", loader)
         train(linear, "cpu", loader, optimizer, F.nll_loss, scheduler=scheduler)
         _, probabilities, _ = utils.predict(linear, "cpu", loader)
     rtol, atol = (1e-3, 1e-4) if autocast else (0, 0)
