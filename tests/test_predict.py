@@ -180,13 +180,11 @@ def test_what_shows_no_digit_is_refused(five, tmp_path):
     for image in (np.hstack([five, five]), np.vstack([five, five]), ones):
         with pytest.raises(ValueError, match="several digits"):
             predict_image(Same(), image)
-    for shape in ((16, 1, 28, 28), (2, 1, 28, 28), (5, 28, 28), (1, 28, 28, 5), (784,)):
-        with pytest.raises(ValueError, match="expected one image, got shape") as error:
-            predict_image(Same(), torch.rand(shape))
-        assert len(str(error.value)) < 250 and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="cannot read") as error:
-        predict_image(Same(), "data:image/png;base64," + 9999 * "A")
-    assert len(str(error.value)) < 350
+    shapes = (16, 1, 28, 28), (2, 1, 28, 28), (5, 28, 28), (1, 28, 28, 5), (784,)
+    for image in (*map(torch.rand, shapes), "data:image/png;base64," + 9999 * "A"):
+        with pytest.raises(ValueError, match="expected one image, got shape|cannot read") as error:
+            predict_image(Same(), image)
+        assert len(str(error.value)) < 350 and "\n" not in str(error.value)
     five.save(tmp_path / "it.jpg")
     for content in (b"text", (tmp_path / "it.jpg").read_bytes()[:2000]):
         (tmp_path / "it.jpg").write_bytes(content)
