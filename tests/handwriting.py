@@ -84,10 +84,7 @@ def strokes(digit, rng):
 
 
 def draw(size, parts, width, over=4):
-    """Return strokes (pixel coordinates) as ink from 0 to 1, an array of `size` (height, width).
-
-    They are drawn `over` times as large and reduced, which smooths their edges.
-    """
+    """Return strokes (pixel coordinates) as ink from 0 to 1, an array of `size` (height, width)."""
     image = Image.new("L", (size[1] * over, size[0] * over))
     pen = ImageDraw.Draw(image)
     w = max(1, round(width * over))

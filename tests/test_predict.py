@@ -51,14 +51,17 @@ def test_handwriting_of_each_kind_is_recognised(net, kind):
 @pytest.mark.slow
 def test_mnists_digits_are_recognised_whole_and_cut_out_by_their_bounding_box(net, mnist_root):
     train_data, _ = utils.load_data("MNIST", mnist_root)
-    correct = correct_cut_out = 0
+    correct = correct_cut_out = correct_small = 0
     for image, label in zip(train_data.data[:50].numpy(), train_data.targets, strict=False):
         large = np.asarray(Image.fromarray(image).resize((280, 280), Image.Resampling.BICUBIC))
         rows, columns = (large > 127).nonzero()
         cut_out = 255 - large[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        small = Image.fromarray(255 - image).resize((84, 84), Image.Resampling.BICUBIC)
+        small = ImageOps.expand(small, 558, 255)  # 10 pixels high when the sheet is reduced
+        correct_small += handwriting.recognise(net, small) == label
         correct += handwriting.recognise(net, image) == label
         correct_cut_out += handwriting.recognise(net, cut_out) == label
-    assert correct >= 49 and correct_cut_out >= 49
+    assert correct >= 49 and correct_cut_out >= 49 and correct_small >= 46
 
 
 FRAME = [[(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9), (0.1, 0.1)]]
