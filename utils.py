@@ -198,8 +198,7 @@ class CudaGraph:
     def __call__(self, *batch):
         if batch[0].shape != self.shape:
             self.shape, self.graph = batch[0].shape, None
-            self.function(*batch)  # as usual, which also warms up CUDA's libraries
-            return
+            return self.function(*batch)  # as usual, which also warms up CUDA's libraries
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in batch]  # every replay reads these
             self.graph = torch.cuda.CUDAGraph()  # below, "thread_local": other threads may use CUDA
@@ -313,8 +312,7 @@ class BatchLoader:
         count, device = len(self.images), self.images.device
         order = (torch.randperm if self.shuffle else torch.arange)(count, device="cpu")
         if world_size > 1:
-            orders = [order]
-            dist.broadcast_object_list(orders)  # the first process's; NCCL sends no CPU tensors
+            dist.broadcast_object_list(orders := [order])  # NCCL sends no tensors of the CPU
             order = orders[0]
         mine = slice(rank, count // world_size * world_size, world_size)  # equally many for each
         order = order[mine].to(device)
@@ -411,7 +409,8 @@ def _small_grey(image):
         raise ValueError(f"cannot read the image {str(image)[-99:]!r}: {error!s:.199}") from error
     if photo.has_transparency_data:  # on grey, black ink and white ink can both be seen
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "grey"), photo.convert("RGBA"))
-    return ImageOps.contain(photo.convert("F"), (200, 200))
+    photo = photo.convert("F")
+    return Image.fromarray(np.clip(ImageOps.contain(photo, (200, 200)), *photo.getextrema()))
 
 
 def _find_digit(grey):
@@ -433,7 +432,7 @@ def _find_digit(grey):
         for part in parts:
             is_large = part.label in inside and weights[part.label] > 0.2 * weights[digit.label]
             if is_large and _is_another_digit(part, digit, is_near=group[tuple(part.coords[0])]):
-                raise ValueError("found several digits in the image: crop it to one of them")
+                raise ValueError("found several digits in the image: expected only one")
         return ink * ndimage.binary_dilation(group, np.ones((3, 3)))  # with its soft edges
     raise ValueError("found no digit in the image: expected one, with some paper around it")
 
@@ -513,7 +512,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
     """Plot loss and accuracy (percent) by epoch, train against test, whose lists may be empty."""
     count, *others = map(len, (train_losses, train_acc, test_losses, test_acc))
     if count == 0 or others not in ([count] * 3, [count, 0, 0]):
-        raise ValueError(f"expected lists of one length, or no test, got {[count, *others]} values")
+        raise ValueError(f"no epoch is complete yet, or lists differ in length: {[count, *others]}")
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     curves = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
     for name, losses, acc in curves if len(test_acc) > 0 else curves[:1]:
@@ -529,8 +528,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
     right.set_yticks([tick for tick in ticks if tick >= bottom])
     right.yaxis.set_major_formatter("{x:g}")
     for axes, name in ((left, "loss"), (right, "accuracy (%)")):
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.locator_params(axis="x", integer=True)
+        axes.set(xlabel="epoch", ylabel=name, xticks=np.linspace(1, count, min(count, 8)).round())
         axes.grid(alpha=0.3)
         axes.legend(title=f"after epoch {count}")
 
@@ -538,16 +536,15 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
 def plot_images(images, titles):
     """Plot up to 24 images, (N, H, W) or (N, channels, H, W), each under its title."""
     images = torch.as_tensor(images[:24]).detach().cpu().float()
-    if len(images) > 0:
-        images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
+    images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
-    rows = max(1, math.ceil(len(images) / 8))  # each 1.53 inches: 11 / 8 of image, the rest title
+    rows = math.ceil(len(images) / 8)  # each 1.53 inches: 11 / 8 of image, the rest title
     _, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
     plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(name, fontsize=10 if len(str(name)) < 16 else 7)
+        axes.set_title(name, fontsize=10 if len(str(name)) < 16 else 6)
 
 
 def plot_sample_data(data_loader):
@@ -570,11 +567,11 @@ def plot_misclassified(images, predictions, probabilities, targets, classes):
     if min(lengths) < max(lengths):
         raise ValueError(f"expected images and what `predict` returned for them, got {lengths}")
     predictions, targets = np.asarray(predictions), np.asarray(targets)
-    percent = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
-    wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -percent[i])[:24]
-    names = [
-        f"{classes[targets[i]]} → {classes[predictions[i]]}, {percent[i]:.0f} %" for i in wrong
-    ]
+    score = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
+    wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -score[i])[:24]
+    if not wrong:
+        return plt.figure(figsize=(11, 0.5)).suptitle("no mistakes")
+    names = [f"{classes[targets[i]]} → {classes[predictions[i]]}, {score[i]:.0f} %" for i in wrong]
     plot_images(images[wrong], names)
 
 
@@ -586,8 +583,7 @@ def plot_prediction(image, probabilities, model_input, classes):
     left.set(xlabel="the image, in grey", xticks=[], yticks=[])
     middle.set(xlabel="what the model sees", xticks=[], yticks=[])
     names = [classes[number] for number in range(len(probabilities))]  # of a list or a dictionary
-    bars = right.barh(names, 100 * np.asarray(probabilities))
-    right.bar_label(bars, fmt="{:.0f} %", padding=4)
+    right.bar_label(right.barh(names, 100 * np.asarray(probabilities)), fmt="{:.0f} %", padding=4)
     right.set(xlabel="probability (%)", xlim=(0, 120), xticks=range(0, 101, 20))
     right.invert_yaxis()
 
@@ -643,9 +639,9 @@ def load_checkpoint(path, hyperparameters, **state):
     except Exception as error:  # zipfile and torch.load raise errors of many types
         raise ValueError(f"'{path}' is damaged or not a checkpoint: delete it") from error
     if saved != hyperparameters:
-        changes = {k: (saved.get(k), hyperparameters.get(k)) for k in saved | hyperparameters}
-        changes = {k: (then, now) for k, (then, now) in changes.items() if then != now}
-        raise ValueError(f"'{path}' belongs to a run with other parameters (then, now): {changes}")
+        pairs = (saved, hyperparameters), (hyperparameters, saved)
+        then, now = ({k: v for k, v in one.items() if v != other.get(k)} for one, other in pairs)
+        raise ValueError(f"'{path}' has {then}, not {now}: restore them, or set RESUME = False")
     for name, part in state.items():
         if isinstance(part, list):
             part[:] = checkpoint[name]
@@ -676,36 +672,41 @@ def end_distributed():
             sys.exit()
 
 
-# --- drawing pad
 PAD_SCRIPT = """
 export default { render({ model, el }) {
-  el.innerHTML = `<canvas style="border: 1px solid; touch-action: none"></canvas>
-    <br><button>Clear</button> <input type="file" accept="image/*">`;
-  const [canvas, button, file] = el.querySelectorAll("canvas, button, input");
+  el.innerHTML = `<canvas style="border: 1px solid; max-width: 100%; touch-action: none"
+    aria-label="draw a digit here"></canvas><br><button>Clear</button> <output></output><br>
+    <label>or a photo: <input type="file" accept="image/*" style="color: transparent"></label>`;
+  const [canvas, button, answer, file] = el.querySelectorAll("canvas, button, output, input");
   const pen = canvas.getContext("2d");
-  const clear = (width, height) => {
+  const clear = (width, height, paper) => {
     [canvas.width, canvas.height] = [width, height];  // which also resets the pen
-    [pen.lineWidth, pen.lineCap, pen.lineJoin, pen.fillStyle] = [7, "round", "round", "white"];
+    [pen.lineWidth, pen.lineCap, pen.lineJoin, pen.fillStyle] = [7, "round", "round", paper];
     pen.fillRect(0, 0, width, height);
   };
-  const send = () => { model.set("drawing", canvas.toDataURL()); model.save_changes(); };
+  const line = canvas.onpointermove = ({ isPrimary, pointerId, offsetX, offsetY }) => {
+    if (!isPrimary || !canvas.hasPointerCapture(pointerId)) return;
+    const scale = canvas.width / canvas.clientWidth;  // a narrow window shrinks the canvas
+    pen.lineTo(scale * offsetX, scale * offsetY); pen.stroke();
+  };
+  const show = (text) => { answer.value = text; };
+  const send = canvas.onlostpointercapture = () => { show("…"); model.send(canvas.toDataURL()); };
+  model.on("msg:custom", show);
   canvas.onmousedown = (e) => e.preventDefault();  // no dragging of selected text
-  canvas.onpointerdown = ({ isPrimary, pointerId }) => {
-    if (isPrimary) { canvas.setPointerCapture(pointerId); pen.beginPath(); }
+  canvas.onpointerdown = (e) => {
+    if (!e.isPrimary || e.button !== 0) return;  // a second finger, or another mouse button
+    canvas.setPointerCapture(e.pointerId); pen.beginPath(); line(e); line(e);  // a dot
   };
-  canvas.onpointermove = ({ isPrimary, pointerId, offsetX: x, offsetY: y }) => {
-    if (isPrimary && canvas.hasPointerCapture(pointerId)) { pen.lineTo(x, y); pen.stroke(); }
-  };
-  canvas.onlostpointercapture = send;
-  button.onclick = () => clear(320, 320);
+  button.onclick = () => { clear(320, 320, "white"); model.send(""); };
   file.onchange = async () => {
-    const photo = await createImageBitmap(file.files[0]).catch(() => alert("Not a valid image"));
+    const photo = await createImageBitmap(file.files[0]).catch(() => null);
+    file.value = "";  // so that it can be chosen again; "no file chosen" is transparent
+    if (!photo) return show("cannot read the file: choose a JPEG or PNG image");
     const scale = 320 / Math.max(photo.width, photo.height);
-    clear(scale * photo.width, scale * photo.height);
-    pen.drawImage(photo, 0, 0, canvas.width, canvas.height);
-    send();
+    clear(scale * photo.width, scale * photo.height, "grey");  // as `predict_image` does
+    pen.drawImage(photo, 0, 0, canvas.width, canvas.height); send();
   };
-  clear(320, 320);
+  clear(320, 320, "white");
 } };
 """
 
@@ -715,26 +716,25 @@ def drawing_pad(model, classes, temperature=1.0):
     if not is_interactive():
         return print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
     import anywidget
-    import traitlets
     from ipywidgets import Output, VBox
 
     class Pad(anywidget.AnyWidget):
         _esm = PAD_SCRIPT
-        drawing = traitlets.Unicode().tag(sync=True)  # a PNG, as a data URL
 
     model = copy.deepcopy(model)  # Jupyter may answer while a cell trains the original
     pad, output = Pad(), Output()
 
     @output.capture(clear_output=True, wait=True)
-    def answer(change):
-        image = Image.open(io.BytesIO(base64.b64decode(pad.drawing.split(",")[1])))
+    def answer(pad, drawing, buffers):
+        image = base64.b64decode(drawing.partition(",")[2])  # of a data URL, "" if cleared
         try:
             digit, probabilities, model_input = predict_image(model, image, temperature)
         except ValueError as error:
-            return print(error)
+            pad.send(str(error) if image else "")
+            return output.clear_output()
+        pad.send(f"{classes[digit]}, {100 * probabilities[digit]:.0f} %")
         plot_prediction(image, probabilities, model_input, classes)
-        plt.suptitle(classes[digit])
         plt.show()
 
-    pad.observe(answer, "drawing")
+    pad.on_msg(answer)
     return VBox([pad, output])

@@ -185,7 +185,7 @@ def test_another_run_is_refused_by_name_and_nothing_is_restored(tmp_path):
     before = run.content()
     with pytest.raises(ValueError) as error:
         run.load()
-    changes = "(then, now): {'EPOCHS': (4, 9), 'SEED': (0, None), 'DEPTH': (None, 3)}"
+    changes = "has {'EPOCHS': 4, 'SEED': 0}, not {'EPOCHS': 9, 'DEPTH': 3}: restore them, or set"
     assert f"'{finished.path}'" in str(error.value) and changes in str(error.value)
     assert run.content() == before
 

@@ -164,7 +164,7 @@ def test_the_exported_notebook_trains_in_two_processes(folder):
     printed, _ = torchrun("--local-ranks-filter=0", "S5.py")
     lines = EPOCH.findall(printed)
     assert [int(epoch) for epoch, *_ in lines] == list(range(1, 7))
-    shares = re.findall(r": ([\d.]+) % of (\d+)\n", printed)
+    shares = re.findall(r": +([\d.]+) % of (\d+)\n", printed)
     correct = sum(round(float(share) * int(count) / 100) for share, count in shares)
     assert f"{100 * correct / 360:.2f}" == lines[-1][-1] and float(lines[-1][-1]) > 90
     assert Path("runs", "model.pt").stat().st_size > 100_000

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import copy
 import io
+import math
 import re
 import runpy
 import shutil
@@ -37,8 +38,10 @@ def check_run(notebook, dataset, epochs):
     lines = EPOCH.findall(printed)
     assert [line[:2] for line in lines] == [(f"{n}", f"{epochs}") for n in range(1, epochs + 1)]
     accuracy = lines[-1][-1]
-    result, sentence = printed.splitlines()[-2:]
+    result, interval, sentence = printed.splitlines()[-3:]
     assert result == f"Final test accuracy: {accuracy} % ({dataset}, epoch {epochs})"
+    low, high = map(float, re.findall(r"[\d.]+", interval)[1:])
+    assert interval.startswith("95 % interval (Wilson): ") and low <= float(accuracy) <= high
     assert sentence == "Drawing pad: run all cells in Jupyter or Colab to draw a digit here."
     for cell in code_cells(notebook):
         others = [each for each in cell.outputs if "image/png" not in each.get("data", {})]
@@ -62,6 +65,9 @@ def weights():
     return torch.cat([value.flatten().double() for value in state.values()])
 
 
+STOPPED = "stopped: run this cell again to continue"
+
+
 class StoppableClient(NotebookClient):
     """Once `armed`, it interrupts the kernel when an epoch's line is printed."""
 
@@ -83,7 +89,9 @@ def test_a_stopped_and_resumed_run_prints_and_saves_the_same(folder, monkeypatch
     sheet(SEVEN, 14, 300).save("seven.png")
     small = {"DATASET": "digits", "EPOCHS": 8, "RUNS": "~/runs", "IMAGE": "~/seven.png"}
     notebook = papermill.execute_notebook("S5.ipynb", None, small, prepare_only=True)
-    first, loop = find_cell(notebook, "DATASET = "), find_cell(notebook, "for epoch in")
+    names = "DATASET = ", "utils.set_seed(SEED)\n", "for epoch in", "ConfusionMatrixDisplay."
+    first, state, loop, confusion = (find_cell(notebook, name) for name in names)
+    cells = notebook.cells
     client = StoppableClient(notebook, resources={"metadata": {"path": "."}}, allow_errors=True)
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
@@ -91,15 +99,29 @@ def test_a_stopped_and_resumed_run_prints_and_saves_the_same(folder, monkeypatch
         whole, expected = copy.deepcopy(notebook), weights()
         assert check_run(whole, "digits", 8) > 90
         assert len(list(Path("runs").glob("*.png"))) == 7
+        client.execute_cell(cells[loop], loop)  # again, although the run is complete
+        assert cells[loop].outputs[0].text.startswith("8 of 8 epochs already complete: test acc")
+        for size in (64, 128):  # from Training on, and back
+            cells[first].source = f"BATCH_SIZE = {size}"
+            for index in (first, state, state + 1):
+                client.execute_cell(cells[index], index)
+            checkpoint = torch.load("runs/checkpoint.pt")
+            assert checkpoint["hyperparameters"]["BATCH_SIZE"] == size
+            assert checkpoint["scheduler"]["total_steps"] == 8 * math.ceil(1437 / size)
         for index in [*range(first, loop + 1), loop]:
             client.armed = index == loop
-            client.execute_cell(notebook.cells[index], index)
-            assert index < loop or notebook.cells[loop].outputs[-1].ename == "KeyboardInterrupt"
-    printed = "".join(output.get("text", "") for output in notebook.cells[loop].outputs)
+            client.execute_cell(cells[index], index)
+        error = cells[loop].outputs[-1]
+        assert (error.ename, error.evalue) == ("KeyboardInterrupt", STOPPED)
+        assert len("\n".join(error.traceback).splitlines()) < 15
+        client.execute_cell(cells[confusion], confusion)  # shows nothing of the first run
+        (output,) = cells[confusion].outputs
+        assert output.evalue == "name 'predictions' is not defined"
+    printed = "".join(output.get("text", "") for output in cells[loop].outputs)
     epochs, lines = EPOCH.findall(stdout(whole)), EPOCH.findall(printed)
     done = epochs.index(lines[0])
     assert done > 0 and lines == epochs[done : done + len(lines)]
-    assert f"Resumed after epoch {done}: test accuracy" in printed
+    assert f"{done} of 8 epochs already complete: test accuracy" in printed
     export(**small, RESUME=True)
     resumed = subprocess.run([sys.executable, "S5.py"], capture_output=True, text=True, check=True)
     rest = EPOCH.findall(resumed.stdout)
@@ -165,28 +187,32 @@ def test_utils_does_not_import_model():
     assert not re.search(r"(?m)^ *(import|from) model\b", (ROOT / "utils.py").read_text())
 
 
-def draw(strokes):
-    """Return code that sets the pad's drawing as a browser does: to a PNG, as a data URL."""
+def send(strokes=None):
+    """Return code that hands the pad a message of a browser: a PNG as a data URL, or no drawing."""
     buffer = io.BytesIO()
-    sheet(strokes, 7, 320).convert("RGBA").save(buffer, "PNG")
-    png = base64.b64encode(buffer.getvalue()).decode()
-    return f"pad.children[0].drawing = 'data:image/png;base64,{png}'"
+    sheet(strokes or [], 7, 320).convert("RGBA").save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f"pad.children[0]._handle_custom_msg({'' if strokes is None else url!r}, [])"
 
 
 @pytest.mark.slow
 def test_the_pad_answers_with_a_picture_or_says_why_it_does_not():
     set_up = "import utils", "from model import Net", "model = Net().train()"
     show_pad = "pad = utils.drawing_pad(model, list('0123456789'))", "pad"
-    messages, shown, captured_by = [], [], ""
+    messages, shown, texts, waits, captured_by = [], [], [], [], ""
     options = {"allow_stdin": True, "timeout": 120, "output_hook": messages.append}  # as if open
     with run_kernel(cwd=ROOT) as client:  # nbclient sometimes waits forever for a widget's output
-        for code in (*set_up, *show_pad, draw(SEVEN), draw([]), "assert model.training"):
+        for code in (*set_up, *show_pad, send(SEVEN), send([]), send(), "assert model.training"):
             assert client.execute_interactive(code, **options)["content"]["status"] == "ok"
     for content in (message["content"] for message in messages):
-        captured_by = content.get("data", {}).get("state", {}).get("msg_id", captured_by)
-        if content.get("name") != "stderr" and {"text", "metadata"} & content.keys():
+        data = content.get("data", {})
+        captured_by = data.get("state", {}).get("msg_id", captured_by)
+        texts += [data["content"]] if data.get("method") == "custom" else []
+        waits += [content["wait"]] if "wait" in content else []  # False: cleared at once
+        if "metadata" in content and "image/png" in data or "widget-view" in str(data):
             shown.append((content, captured_by != ""))
-    (view, view_captured), (picture, picture_captured), (text, text_captured) = shown
-    assert "application/vnd.jupyter.widget-view+json" in view["data"]
-    assert "image/png" in picture["data"] and "found no digit in the image" in text["text"]
-    assert not view_captured and picture_captured and text_captured  # they appear below the pad
+    (view, view_captured), (picture, picture_captured) = shown
+    assert "application/vnd.jupyter.widget-view+json" in view["data"] and not view_captured
+    assert "image/png" in picture["data"] and picture_captured  # it appears below the pad
+    assert re.fullmatch(r"\d, \d+ %", texts[0]) and texts[1].startswith("found no digit")
+    assert texts[2:] == [""] and waits == [True, True, False, True, False]
