@@ -675,9 +675,9 @@ def end_distributed():
 PAD_SCRIPT = """
 export default { render({ model, el }) {
   el.innerHTML = `<canvas style="border: 1px solid; max-width: 100%; touch-action: none"
-    aria-label="draw a digit here"></canvas><br><button>Clear</button> <output></output><br>
+    aria-label="draw here"></canvas><br><button>Clear</button> <span role="status"></span><br>
     <label>or a photo: <input type="file" accept="image/*" style="color: transparent"></label>`;
-  const [canvas, button, answer, file] = el.querySelectorAll("canvas, button, output, input");
+  const [canvas, button, answer, file] = el.querySelectorAll("canvas, button, span, input");
   const pen = canvas.getContext("2d");
   const clear = (width, height, paper) => {
     [canvas.width, canvas.height] = [width, height];  // which also resets the pen
@@ -689,7 +689,7 @@ export default { render({ model, el }) {
     const scale = canvas.width / canvas.clientWidth;  // a narrow window shrinks the canvas
     pen.lineTo(scale * offsetX, scale * offsetY); pen.stroke();
   };
-  const show = (text) => { answer.value = text; };
+  const show = (text) => { answer.textContent = text; };
   const send = canvas.onlostpointercapture = () => { show("…"); model.send(canvas.toDataURL()); };
   model.on("msg:custom", show);
   canvas.onmousedown = (e) => e.preventDefault();  // no dragging of selected text

@@ -165,9 +165,9 @@ def from_elsewhere(path, results):
 
 
 def table(rows):
-    """Return the comparison as a Markdown table."""
+    """Return the comparison as a Markdown table, without a column of which nothing is known."""
     names = "recipe, parameters, epochs, runs, test accuracy (%), training (s), speedup".split(", ")
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = [names]
     example = [row["seconds"] for row in rows if row["name"] == EXAMPLE and row["timed_epochs"]]
     for row in rows:
         accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
@@ -178,8 +178,11 @@ def table(rows):
         if example and row["timed_epochs"] > 0 and row["name"] in RECIPES:
             ratio = example[0] / row["seconds"]
             speedup = f"{ratio:.{1 if ratio < 10 else 0}f}"
-        recipe = f"{row['name']} | {row['parameters']:,} | {row['epochs']} | {row['runs']}"
-        lines.append(f"| {recipe} | {accuracy} | {seconds} | {speedup} |")
+        sizes = f"{row['parameters']:,}", str(row["epochs"]), str(row["runs"])
+        lines.append([row["name"], *sizes, accuracy, seconds, speedup])
+    columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"–"}]
+    lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
+    lines.insert(1, "|---" + "|---:" * (len(columns) - 1) + "|")  # numbers to the right
     return "\n".join(lines)
 
 
@@ -221,9 +224,8 @@ def measure(jobs, data, path):
             result = pool.submit(run, *job, data).result()
             results["runs"].append(result)
             path.write_text(json.dumps(results, indent=1) + "\n")
-            name, epochs, seed, _ = job
             reached = "" if result["accuracy"] is None else f"{result['accuracy']:.2f} %, "
-            print(f"{name}, {epochs} epochs, seed {seed}: {reached}{result['seconds']:.1f} s")
+            print(f"{job[0]}, {job[1]} epochs, seed {job[2]}: {reached}{result['seconds']:.1f} s")
     return results
 
 

@@ -64,7 +64,6 @@ def folder(tmp_path, monkeypatch):
 
 
 def start(function, *arguments):
-    """Start a function in a process of its own."""
     process = CONTEXT.Process(target=function, args=arguments)
     process.start()
     return process

@@ -63,7 +63,8 @@ def test_table_has_spread_and_ratio_and_accuracies_of_another_machine(tmp_path):
         path.write_text(json.dumps({**results, "data": data, "machine": machine, "runs": runs}))
         results["runs"] += benchmark.from_elsewhere(path, results)
     rows = benchmark.summarise(results["runs"])
-    lines = benchmark.table(rows).splitlines()[2:]
+    _, rule, *lines = benchmark.table(rows).splitlines()
+    assert rule == "|---" + 6 * "|---:" + "|" and "speedup" not in benchmark.table(rows[:1])
     assert [line.split(" | ", 3)[3] for line in lines] == [
         "2 | 99.10 ± 0.14 | 2.0 | 50 |",
         "2 | 98.10 ± 0.14 | ≈ 100 | 1.0 |",
@@ -77,7 +78,8 @@ def test_table_has_spread_and_ratio_and_accuracies_of_another_machine(tmp_path):
 def test_readme_shows_the_committed_benchmark():
     count = sum(parameter.numel() for parameter in Net().parameters())
     readme = (ROOT / "README.md").read_text()
-    assert f"{count:,} parameters" in readme and benchmark.NOTE in readme
+    assert all(f"{count:,} parameters" in text for text in (readme, Net.__doc__))
+    assert benchmark.NOTE in readme
     for name, claim in ("", "{:.0f} s on two cores"), ("_gpu", "{:.1f} s on an NVIDIA H200"):
         results = json.loads((ROOT / ".assets" / f"benchmark{name}.json").read_text())
         rows = benchmark.summarise(results["runs"])

@@ -191,7 +191,6 @@ def test_another_run_is_refused_by_name_and_nothing_is_restored(tmp_path):
 
 
 def test_damaged_checkpoints_are_refused_or_the_same(tmp_path):
-    """Bytes flipped, cut out or put in: each time it is our error, or nothing was lost."""
     finished, run = Run(tmp_path / "it.pt"), Run(tmp_path / "it.pt")
     finished.go()
     content, weights = finished.path.read_bytes(), io.BytesIO()

@@ -31,7 +31,6 @@ class FrozenStatistics(Net):
 
 
 def digits(count):
-    """Random images and labels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
     return SimpleNamespace(data=images, targets=torch.arange(count) % 10)
@@ -124,17 +123,14 @@ def test_shards_make_up_each_batch_and_what_is_not_shuffled_goes_to_all(ranks):
         assert torch.equal(torch.cat(whole), torch.cat(plain))
 
 
-def test_processes_end_with_the_same_weights_and_metrics(ranks):
+def test_processes_end_with_the_same_weights_metrics_and_checkpoint(ranks):
     first, second = (rank["training"] for rank in ranks)
     assert first["metrics"][:2] == second["metrics"][:2]  # those of the training
     assert torch.equal(first["weights"], second["weights"])
     whole = run(Net)
     off = first["weights"] - whole["weights"]  # batch norm sees half of each batch
     assert 0 < off.norm() < 0.05 * whole["weights"].norm()
-
-
-def test_one_process_saves_and_all_load_what_it_saved(ranks):
-    for rank in ranks:
+    for rank in ranks:  # which have loaded what the first has saved
         assert rank["loaded"] == (0, [0.0]) and rank["dataset"] == "digits"
 
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector
 
 from model import Net
 
@@ -15,10 +14,6 @@ def test_output_is_log_probabilities(num_classes):
     torch.testing.assert_close(F.nll_loss(output, target), nn.CrossEntropyLoss()(output, target))
 
 
-def test_its_weights_can_be_flattened_and_their_number_is_documented():
-    assert f"{len(parameters_to_vector(Net().parameters())):,} parameters" in Net.__doc__
-
-
 def test_it_can_be_traced_and_exported():
     net, images = Net().eval(), torch.randn(3, 1, 28, 28)
     shapes = {"x": {0: torch.export.Dim("batch")}}
@@ -28,10 +23,8 @@ def test_it_can_be_traced_and_exported():
             torch.testing.assert_close(copy(batch), net(batch))
 
 
-@pytest.mark.parametrize(
-    "shape", [(28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (9, 1, 32, 32), (4, 1, 16, 16)]
-)
 @pytest.mark.parametrize("training", [True, False])
-def test_another_shape_is_refused(shape, training):
-    with pytest.raises((RuntimeError, ValueError)):
-        Net().train(training)(torch.zeros(shape))
+def test_another_shape_is_refused(training):
+    for shape in (28, 28), (1, 28, 28), (5, 28, 28), (5, 3, 28, 28), (9, 1, 32, 32), (4, 1, 16, 16):
+        with pytest.raises((RuntimeError, ValueError)):
+            Net().train(training)(torch.zeros(shape))

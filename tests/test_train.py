@@ -36,13 +36,12 @@ def test_correct_predictions_are_counted_as_an_int():
     assert utils.get_correct_pred_count(pred, torch.ones(3, 1)) == 2  # compared with every row: 6
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_calls_with_five_and_seven_arguments(linear, samples, device, capsys):
-    loader, optimizer = DataLoader(samples, 100), sgd(linear)
+def test_calls_with_five_and_seven_arguments(linear, samples, capsys):
+    loader, optimizer, device = DataLoader(samples, 100), sgd(linear), torch.device("cpu")
     train_losses, train_acc, test_losses, test_acc = [], [], [], []
-    train(linear, device, loader, optimizer, F.nll_loss)
+    train(linear, "cpu", loader, optimizer, F.nll_loss)
     trained = train(linear, device, loader, optimizer, F.nll_loss, train_losses, train_acc)
-    test(linear, device, loader, F.nll_loss)
+    test(linear, "cpu", loader, F.nll_loss)
     tested = test(linear, device, loader, F.nll_loss, test_losses, test_acc)
     assert (*train_losses, *train_acc, *test_losses, *test_acc) == (*trained, *tested)
     assert all(type(value) is float for value in (*trained, *tested))
@@ -141,18 +140,16 @@ def test_a_cuda_graph_changes_no_weight_and_is_ignored_on_the_cpu(samples, devic
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("no_terminal", [None, object()])
-def test_a_log_or_nothing_in_place_of_stdout_is_no_terminal(monkeypatch, no_terminal):
-    monkeypatch.setattr("sys.stdout", no_terminal)
-    assert not utils.is_interactive()
-
-
 @pytest.mark.parametrize("someone", [True, False])
 def test_a_bar_is_shown_if_someone_can_see_it(linear, samples, monkeypatch, capsys, someone):
     monkeypatch.setattr(utils, "is_interactive", lambda: someone)
     test(linear, "cpu", DataLoader(samples, 50), F.nll_loss)
     printed = capsys.readouterr().out
     assert ("test:   0%" in printed) == someone and "test: loss" in printed
+    monkeypatch.undo()
+    for log_or_nothing in (object(), None):  # is no terminal
+        monkeypatch.setattr("sys.stdout", log_or_nothing)
+        assert not utils.is_interactive()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_so_does_an_empty_loader(linear):
