@@ -56,9 +56,8 @@ def is_interactive():
     """Return whether someone sees the output live: in a terminal or in an open notebook."""
     ipython = sys.modules.get("IPython")  # imported already if a kernel is running
     kernel = ipython and getattr(ipython.get_ipython(), "kernel", None)
-    if not kernel:
-        return hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
-    return getattr(kernel, "_allow_stdin", True)  # papermill and nbconvert run one without stdin
+    is_terminal = getattr(sys.stdout, "isatty", bool)()
+    return getattr(kernel, "_allow_stdin", True) if kernel else is_terminal  # papermill: no stdin
 
 
 def train(
@@ -528,7 +527,7 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
     right.set_yticks([tick for tick in ticks if tick >= bottom])
     right.yaxis.set_major_formatter("{x:g}")
     for axes, name in ((left, "loss"), (right, "accuracy (%)")):
-        axes.set(xlabel="epoch", ylabel=name, xticks=np.linspace(1, count, min(count, 8)).round())
+        axes.set(xlabel="epoch", ylabel=name, xticks=[1, *range(count, 1, -math.ceil(count / 8))])
         axes.grid(alpha=0.3)
         axes.legend(title=f"after epoch {count}")
 
@@ -536,10 +535,11 @@ def plot_train_metrics(train_losses, train_acc, test_losses, test_acc):
 def plot_images(images, titles):
     """Plot up to 24 images, (N, H, W) or (N, channels, H, W), each under its title."""
     images = torch.as_tensor(images[:24]).detach().cpu().float()
-    images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
+    if len(images) > 0:
+        images = (images - images.min()) / (images.max() - images.min()).clamp(min=1e-9)
     if images.dim() == 4:
         images = images.movedim(1, -1).squeeze(-1)
-    rows = math.ceil(len(images) / 8)  # each 1.53 inches: 11 / 8 of image, the rest title
+    rows = max(1, math.ceil(len(images) / 8))  # each 1.53 inches: 11 / 8 of image, the rest title
     _, grid = plt.subplots(rows, 8, figsize=(11, 1.53 * rows), layout="constrained")
     plt.setp(grid, frame_on=False, xticks=[], yticks=[])
     for axes, image, name in zip(grid.flat, images, titles, strict=False):
@@ -569,8 +569,6 @@ def plot_misclassified(images, predictions, probabilities, targets, classes):
     predictions, targets = np.asarray(predictions), np.asarray(targets)
     score = 100 * torch.as_tensor(probabilities).detach().double().amax(dim=1).numpy()
     wrong = sorted(np.flatnonzero(predictions != targets), key=lambda i: -score[i])[:24]
-    if not wrong:
-        return plt.figure(figsize=(11, 0.5)).suptitle("no mistakes")
     names = [f"{classes[targets[i]]} → {classes[predictions[i]]}, {score[i]:.0f} %" for i in wrong]
     plot_images(images[wrong], names)
 
@@ -674,37 +672,37 @@ def end_distributed():
 
 PAD_SCRIPT = """
 export default { render({ model, el }) {
-  el.innerHTML = `<canvas style="border: 1px solid; max-width: 100%; touch-action: none"
+  el.innerHTML = `<canvas style="border: 1px solid; max-width: 100%; touch-action: none" role="img"
     aria-label="draw here"></canvas><br><button>Clear</button> <span role="status"></span><br>
     <label>or a photo: <input type="file" accept="image/*" style="color: transparent"></label>`;
-  const [canvas, button, answer, file] = el.querySelectorAll("canvas, button, span, input");
+  const [canvas, button, note, file] = el.querySelectorAll("canvas, button, span, input");
   const pen = canvas.getContext("2d");
   const clear = (width, height, paper) => {
-    [canvas.width, canvas.height] = [width, height];  // which also resets the pen
-    [pen.lineWidth, pen.lineCap, pen.lineJoin, pen.fillStyle] = [7, "round", "round", paper];
-    pen.fillRect(0, 0, width, height);
+    [canvas.width, canvas.height, pen.lineWidth, pen.fillStyle] = [width, height, 7, paper];
+    pen.lineCap = pen.lineJoin = "round"; pen.fillRect(0, 0, width, height);
   };
-  const line = canvas.onpointermove = ({ isPrimary, pointerId, offsetX, offsetY }) => {
+  const line = canvas.onpointermove = ({ isPrimary, pointerId, offsetX, offsetY }, dot = 0) => {
     if (!isPrimary || !canvas.hasPointerCapture(pointerId)) return;
     const scale = canvas.width / canvas.clientWidth;  // a narrow window shrinks the canvas
-    pen.lineTo(scale * offsetX, scale * offsetY); pen.stroke();
+    pen.lineTo(scale * offsetX + dot, scale * offsetY); pen.stroke();
   };
-  const show = (text) => { answer.textContent = text; };
-  const send = canvas.onlostpointercapture = () => { show("…"); model.send(canvas.toDataURL()); };
-  model.on("msg:custom", show);
+  const send = (url) => { model.set("drawing", url); model.save_changes(); };
+  model.on("change:drawing", () => { note.innerText = model.get("drawing") && "…"; });
+  model.on("msg:custom", ([url, text]) => url === model.get("drawing") && (note.innerText = text));
   canvas.onmousedown = (e) => e.preventDefault();  // no dragging of selected text
   canvas.onpointerdown = (e) => {
-    if (!e.isPrimary || e.button !== 0) return;  // a second finger, or another mouse button
-    canvas.setPointerCapture(e.pointerId); pen.beginPath(); line(e); line(e);  // a dot
+    if (!e.isPrimary || e.button > 0) return;  // a second finger, or not the left mouse button
+    canvas.setPointerCapture(e.pointerId); pen.beginPath(); line(e); line(e, 0.1);  // a dot
   };
-  button.onclick = () => { clear(320, 320, "white"); model.send(""); };
+  canvas.onlostpointercapture = () => send(canvas.toDataURL());
+  button.onclick = () => { clear(320, 320, "white"); send(""); };
   file.onchange = async () => {
     const photo = await createImageBitmap(file.files[0]).catch(() => null);
     file.value = "";  // so that it can be chosen again; "no file chosen" is transparent
-    if (!photo) return show("cannot read the file: choose a JPEG or PNG image");
+    if (!photo) { note.innerText = "cannot read the file: choose a JPEG or PNG image"; return; }
     const scale = 320 / Math.max(photo.width, photo.height);
-    clear(scale * photo.width, scale * photo.height, "grey");  // as `predict_image` does
-    pen.drawImage(photo, 0, 0, canvas.width, canvas.height); send();
+    clear(Math.ceil(scale * photo.width), Math.ceil(scale * photo.height), "grey");
+    pen.drawImage(photo, 0, 0, canvas.width, canvas.height); send(canvas.toDataURL());
   };
   clear(320, 320, "white");
 } };
@@ -716,25 +714,27 @@ def drawing_pad(model, classes, temperature=1.0):
     if not is_interactive():
         return print("Drawing pad: run all cells in Jupyter or Colab to draw a digit here.")
     import anywidget
+    import traitlets
     from ipywidgets import Output, VBox
 
     class Pad(anywidget.AnyWidget):
         _esm = PAD_SCRIPT
+        drawing = traitlets.Unicode().tag(sync=True)  # a PNG, as a data URL; empty if cleared
 
     model = copy.deepcopy(model)  # Jupyter may answer while a cell trains the original
     pad, output = Pad(), Output()
 
     @output.capture(clear_output=True, wait=True)
-    def answer(pad, drawing, buffers):
-        image = base64.b64decode(drawing.partition(",")[2])  # of a data URL, "" if cleared
+    def answer(change):
+        image = base64.b64decode(pad.drawing.partition(",")[2])
         try:
             digit, probabilities, model_input = predict_image(model, image, temperature)
         except ValueError as error:
-            pad.send(str(error) if image else "")
+            pad.send([pad.drawing, str(error) if image else ""])
             return output.clear_output()
-        pad.send(f"{classes[digit]}, {100 * probabilities[digit]:.0f} %")
+        pad.send([pad.drawing, f"{classes[digit]}, {100 * probabilities[digit]:.0f} %"])
         plot_prediction(image, probabilities, model_input, classes)
         plt.show()
 
-    pad.on_msg(answer)
+    pad.observe(answer, "drawing")
     return VBox([pad, output])

@@ -183,30 +183,32 @@ def test_utils_does_not_import_model():
     assert not re.search(r"(?m)^ *(import|from) model\b", (ROOT / "utils.py").read_text())
 
 
-def send(strokes=None):
-    """Return code that hands the pad a message of a browser: a PNG as a data URL, or no drawing."""
+def draw(strokes):
+    """Return code that sets the pad's drawing as a browser does: to a PNG, as a data URL."""
     buffer = io.BytesIO()
-    sheet(strokes or [], 7, 320).convert("RGBA").save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return f"pad.children[0]._handle_custom_msg({'' if strokes is None else url!r}, [])"
+    sheet(strokes, 7, 320).convert("RGBA").save(buffer, "PNG")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    return f"pad.children[0].drawing = 'data:image/png;base64,{png}'"
 
 
 @pytest.mark.slow
 def test_the_pad_answers_with_a_picture_or_says_why_it_does_not():
     set_up = "import utils", "from model import Net", "model = Net().train()"
     show_pad = "pad = utils.drawing_pad(model, list('0123456789'))", "pad"
+    drawings = draw(SEVEN), draw([]), "pad.children[0].drawing = ''"  # as *Clear* does
     messages, shown, texts, waits, captured_by = [], [], [], [], ""
     options = {"allow_stdin": True, "timeout": 120, "output_hook": messages.append}  # as if open
     with run_kernel(cwd=ROOT) as client:  # nbclient sometimes waits forever for a widget's output
-        for code in (*set_up, *show_pad, send(SEVEN), send([]), send(), "assert model.training"):
+        for code in (*set_up, *show_pad, *drawings, "assert model.training"):
             assert client.execute_interactive(code, **options)["content"]["status"] == "ok"
     for content in (message["content"] for message in messages):
         data = content.get("data", {})
         captured_by = data.get("state", {}).get("msg_id", captured_by)
-        texts += [data["content"]] if data.get("method") == "custom" else []
+        texts += [data["content"]] if data.get("method") == "custom" else []  # drawing and answer
         waits += [content["wait"]] if "wait" in content else []  # False: cleared at once
-        kinds = {"image/png", "application/vnd.jupyter.widget-view+json"} & data.keys()
-        shown += [(kind, captured_by != "") for kind in sorted(kinds)]
-    assert [captured for _, captured in shown] == [False, True]  # the picture is below the pad
-    assert re.fullmatch(r"\d, \d+ %", texts[0]) and texts[1].startswith("found no digit")
-    assert texts[2:] == [""] and waits == [True, True, False, True, False]
+        shown += [captured_by != "" for kind in data if "image/png" in kind or "view+json" in kind]
+    assert shown == [False, True]  # the widget and, captured to appear below it, the picture
+    assert all(drawing in code for (drawing, _), code in zip(texts, drawings, strict=True))
+    (_, digit), (_, refusal), (_, nothing) = texts
+    assert re.fullmatch(r"\d, \d+ %", digit) and refusal.startswith("found no digit")
+    assert nothing == "" and waits == [True, True, False, True, False]

@@ -63,10 +63,10 @@ def test_the_curves_are_labelled_with_their_last_values():
 
 
 def test_curves_without_a_test_are_drawn_and_of_different_lengths_refused():
-    for count, ticks in ((1, [1]), (2, [1, 2]), (15, [1, 3, 5, 7, 9, 11, 13, 15])):
+    for count, ticks in (1, [1]), (10, [1, 2, 4, 6, 8, 10]), (15, [1, 3, 5, 7, 9, 11, 13, 15]):
         for axes in plot("train_metrics", [0.5] * count, [90] * count, [], []):
             assert [len(line.get_xdata()) for line in axes.lines] == [count]
-            assert axes.get_xticks().tolist() == ticks
+            assert sorted(axes.get_xticks()) == ticks
     four = [1.0, 2.0], [80, 90], [1.0, 2.0], [80, 90]
     for wrong in ([[]] * 4, (*four[:3], [80]), (four[0], four[1][:1], [], []), (*four[:3], [])):
         with pytest.raises(ValueError, match="no epoch is complete yet, or lists differ"):
@@ -112,8 +112,7 @@ def test_the_most_confident_mistakes_come_first():
     assert image_titles(plot("misclassified", *arrays, dict(enumerate(DATA.classes)))) == expected
     images, _, *others = INPUT["misclassified"]
     assert len(image_titles(plot("misclassified", images, (TARGETS + 1) % 10, *others))) == 24
-    assert plot("misclassified", images, TARGETS, *others) == []
-    assert plt.gcf().get_suptitle() == "no mistakes"
+    assert image_titles(plot("misclassified", images, TARGETS, *others)) == []
     with pytest.raises(ValueError, match=r"expected images and what .*\[360, 30, 30, 30\]"):
         plot("misclassified", DATA.data, PREDICTIONS, *others)
 
