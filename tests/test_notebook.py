@@ -208,7 +208,7 @@ def test_the_pad_answers_with_a_picture_or_says_why_it_does_not():
         waits += [content["wait"]] if "wait" in content else []  # False: cleared at once
         shown += [captured_by != "" for kind in data if "image/png" in kind or "view+json" in kind]
     assert shown == [False, True]  # the widget and, captured to appear below it, the picture
-    assert all(drawing in code for (drawing, _), code in zip(texts, drawings, strict=True))
+    assert all(f"'{url}'" in code for (url, _), code in zip(texts, drawings, strict=True))
     (_, digit), (_, refusal), (_, nothing) = texts
     assert re.fullmatch(r"\d, \d+ %", digit) and refusal.startswith("found no digit")
     assert nothing == "" and waits == [True, True, False, True, False]
