@@ -321,7 +321,8 @@ class BatchLoader:
             chunk = slice(start, start + CHUNK * size)
             images, labels = self.images[order[chunk]].float(), self.targets[order[chunk]]
             if self.augment:
-                grid = F.affine_grid(matrices[chunk], images.shape, align_corners=False)
+                with torch.autocast(device.type, enabled=False):  # bfloat16 is too coarse
+                    grid = F.affine_grid(matrices[chunk], images.shape, align_corners=False)
                 images = F.grid_sample(images, grid, align_corners=False)
             images = images.sub_(255 * MEAN).div_(255 * STD)
             yield from zip(images.split(size), labels.split(size), strict=True)
@@ -334,8 +335,7 @@ def _images_and_targets(dataset):
         index = torch.tensor(np.asarray(dataset.indices), device="cpu")
         is_mask = index.dtype in (torch.bool, torch.uint8) or index.is_floating_point()
         if len(index) > 0 and (is_mask or index.dim() != 1):
-            form = f"{index.dtype} {tuple(index.shape)}"
-            raise ValueError(f"expected indices, such as mask.nonzero().flatten(), got {form}")
+            raise ValueError(f"expected indices, such as mask.nonzero().flatten(), got {index}")
         return images[index.long()], targets[index.long()]
     if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
         raise ValueError("expected a dataset without a transform: a BatchLoader applies none")
@@ -355,6 +355,7 @@ class RandomAffine(transforms.RandomAffine):
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
 
+    @torch.autocast("cpu", enabled=False)  # in which pixels would be misplaced
     def sample(self, count):
         """Draw parameters for `count` images: matrices (count, 2, 3) for `F.affine_grid`."""
         x, y = self.translate
@@ -599,8 +600,7 @@ def save_checkpoint(path, epoch, hyperparameters, **state):
     parts |= {"epoch": epoch, "hyperparameters": hyperparameters}
     plain = tree_map(lambda x: x.item() if isinstance(x, np.generic) else x, parts)
     plain |= {k: v for k, v in parts.items() if hasattr(v, "_metadata")}  # tree_map drops it
-    buffer = io.BytesIO()
-    torch.save(plain, buffer)
+    torch.save(plain, buffer := io.BytesIO())
     torch.load(io.BytesIO(buffer.getbuffer()), "cpu", weights_only=True)  # unreadable? fail now
     target = Path(path).resolve()  # what a link points to
     if target.parent not in cleaned_folders:  # once in a process, or others might never end

@@ -123,9 +123,8 @@ def scan(digit, rng):
         side = rng.choice([-1, 1])
         other = [part * tall / 1.5 for part in strokes(rng.integers(10), rng)]
         edge = (width - rng.uniform(3, 12)) if side > 0 else rng.uniform(3, 12)
-        other = [
-            part + [edge - reach(other, -side), centre[1] + rng.normal(0, 6)] for part in other
-        ]
+        left = edge - reach(other, -side)
+        other = [part + [left, centre[1] + rng.normal(0, 6)] for part in other]
         widest = max(np.abs(part[:, 0] - centre[0]).max() for part in parts)
         if (edge - centre[0]) * side > widest + 5:
             ink = np.maximum(ink, draw((height, width), other, pen))

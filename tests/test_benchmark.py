@@ -18,13 +18,17 @@ def result(name, accuracy, seconds, **others):
 
 
 @pytest.mark.slow
-def test_trains_what_the_notebook_trains(folder, capsys):
+@pytest.mark.parametrize("reported", [{"avx512_bf16": True}, {}])
+def test_trains_what_the_notebook_trains(folder, monkeypatch, capsys, reported):
+    monkeypatch.setattr(benchmark.torch.cpu, "get_capabilities", lambda: reported, raising=False)
+    precision = "bfloat16" if reported and benchmark.get_device().type == "cpu" else "float32"
     export(DATASET="digits", EPOCHS=2, SEED=3)
     assert f"\nEPOCHS = {benchmark.EPOCHS}  #" in Path("S5.py").read_text()
     runpy.run_path("S5.py")
-    *_, loss, _, _, accuracy = EPOCH.findall(capsys.readouterr().out)[-1]
+    *_, loss, _, _, accuracy = EPOCH.findall(printed := capsys.readouterr().out)[-1]
     run = benchmark.run(OURS, 2, 3, 2, "digits")
     assert (f"{run['train_loss']:.4f}", f"{run['accuracy']:.2f}") == (loss, accuracy)
+    assert run["precision"] == precision and f"training in {precision}\n" in printed
 
 
 @pytest.mark.slow

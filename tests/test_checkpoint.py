@@ -1,5 +1,3 @@
-"""The README gives the long form of the tests of killed runs and damaged checkpoints."""
-
 import io
 import os
 import pickle

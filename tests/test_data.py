@@ -251,7 +251,7 @@ def test_wrong_arguments_fail_where_they_are_given():
             BatchLoader(numbered(5), batch_size)
     wrong = [True, False, True], [0.0, 2.0], [[0], [2]]  # the last: as mask.nonzero() gives
     for kind, indices in product((list, np.array, torch.tensor), wrong):
-        with pytest.raises(ValueError, match=r"indices.*mask.nonzero\(\).flatten\(\), got torch\."):
+        with pytest.raises(ValueError, match=r"indices.*nonzero\(\).flatten\(\), got tensor\("):
             BatchLoader(Subset(numbered(3), kind(indices)), 2)
     forms = RandomAffine(5, shear=3), RandomAffine((-5, 5), (0, 0), (1, 1), (-3, 3))
     assert torch.equal(*((torch.manual_seed(0), form.sample(9))[1] for form in forms))
@@ -263,7 +263,8 @@ def test_affine_is_torchvisions(limits):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8))
     data, augment = SimpleNamespace(data=images, targets=range(20)), RandomAffine(*limits)
     torch.manual_seed(1)
-    [(transformed, _)] = BatchLoader(data, 20, augment=augment)
+    with torch.autocast("cpu", torch.bfloat16):  # which moves no pixel
+        [(transformed, _)] = BatchLoader(data, 20, augment=augment)
     degrees, (x, y), scale, shear = limits
     ranges = (-degrees, degrees), (-x, x), (-y, y), scale, (-shear, shear)
     torch.manual_seed(1)

@@ -127,5 +127,4 @@ def test_prediction_shows_image_and_probabilities(classes):
     widths = [bar.get_width() for bar in right.patches]
     np.testing.assert_allclose(widths, 100 * PROBABILITIES[0])
     assert [text.get_text() for text in right.texts].count("70 %") == 1
-    names = [label.get_text() for label in right.get_yticklabels()]
-    assert names == [classes[i] for i in range(10)]
+    assert [text.get_text() for text in right.get_yticklabels()] == [classes[i] for i in range(10)]
