@@ -335,7 +335,7 @@ def _images_and_targets(dataset):
         index = torch.tensor(np.asarray(dataset.indices), device="cpu")
         is_mask = index.dtype in (torch.bool, torch.uint8) or index.is_floating_point()
         if len(index) > 0 and (is_mask or index.dim() != 1):
-            raise ValueError(f"expected indices, such as mask.nonzero().flatten(), got {index}")
+            raise ValueError(f"expected indices, such as mask.nonzero().flatten(), got {index[:3]}")
         return images[index.long()], targets[index.long()]
     if getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None):
         raise ValueError("expected a dataset without a transform: a BatchLoader applies none")
@@ -355,7 +355,6 @@ class RandomAffine(transforms.RandomAffine):
     def __init__(self, degrees, translate=None, scale=None, shear=None):
         super().__init__(degrees, translate or (0.0, 0.0), scale or (1.0, 1.0), shear or 0.0)
 
-    @torch.autocast("cpu", enabled=False)  # in which pixels would be misplaced
     def sample(self, count):
         """Draw parameters for `count` images: matrices (count, 2, 3) for `F.affine_grid`."""
         x, y = self.translate
@@ -369,7 +368,8 @@ class RandomAffine(transforms.RandomAffine):
         # by [[1, tan], [0, 1]], divide by the scale. Its coordinates run from -1 to 1.
         rows = cos - sin * tan, sin + cos * tan, -sin, cos  # of shear @ rotation, row by row
         inverse = torch.stack(rows, dim=1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-        offset = -2 * inverse @ torch.stack((right, down), dim=1).unsqueeze(2)  # (count, 2, 1)
+        shift = torch.stack((right, down), dim=1).unsqueeze(1)  # (count, 1, 2)
+        offset = -2 * (inverse * shift).sum(2, keepdim=True)  # not by @: autocast would round it
         return torch.cat((inverse, offset), dim=2)
 
 

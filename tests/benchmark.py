@@ -119,7 +119,7 @@ def run(name, epochs, seed, timed_epochs, dataset="MNIST"):
         test_loader = BatchLoader(test_data, 1000, device=device)
         _, accuracy = test(model, device, test_loader, criterion, verbose=False)
     job = {"name": name, "epochs": epochs, "seed": seed, "timed_epochs": timed_epochs}
-    job["precision"] = "bfloat16" if bfloat16 else "float32"
+    job["bfloat16"] = bfloat16
     figures = {"train_loss": loss, "accuracy": accuracy, "seconds": seconds * epochs / timed_epochs}
     return {**job, **figures, "parameters": sum(weight.numel() for weight in model.parameters())}
 
@@ -228,7 +228,7 @@ def measure(jobs, data, path):
             results["runs"].append(result)
             path.write_text(json.dumps(results, indent=1) + "\n")
             reached = "" if result["accuracy"] is None else f"{result['accuracy']:.2f} %, "
-            reached += f"{result['seconds']:.1f} s in {result['precision']}"
+            reached += f"{result['seconds']:.1f} s{' in bfloat16' if result['bfloat16'] else ''}"
             print(f"{job[0]}, {job[1]} epochs, seed {job[2]}: {reached}")
     return results
 

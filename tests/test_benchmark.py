@@ -21,14 +21,14 @@ def result(name, accuracy, seconds, **others):
 @pytest.mark.parametrize("reported", [{"avx512_bf16": True}, {}])
 def test_trains_what_the_notebook_trains(folder, monkeypatch, capsys, reported):
     monkeypatch.setattr(benchmark.torch.cpu, "get_capabilities", lambda: reported, raising=False)
-    precision = "bfloat16" if reported and benchmark.get_device().type == "cpu" else "float32"
+    bfloat16 = bool(reported) and benchmark.get_device().type == "cpu"
     export(DATASET="digits", EPOCHS=2, SEED=3)
     assert f"\nEPOCHS = {benchmark.EPOCHS}  #" in Path("S5.py").read_text()
     runpy.run_path("S5.py")
     *_, loss, _, _, accuracy = EPOCH.findall(printed := capsys.readouterr().out)[-1]
     run = benchmark.run(OURS, 2, 3, 2, "digits")
     assert (f"{run['train_loss']:.4f}", f"{run['accuracy']:.2f}") == (loss, accuracy)
-    assert run["precision"] == precision and f"training in {precision}\n" in printed
+    assert run["bfloat16"] == bfloat16 == (", autocast to bfloat16\n" in printed)
 
 
 @pytest.mark.slow
