@@ -196,7 +196,7 @@ def plot(rows):
     rows = [row for row in rows if row["accuracy"] is not None and row["timed_epochs"] > 0]
     for name in RECIPES:
         points = []
-        for row in (row for row in rows if row["name"] == name):
+        for row in [each for each in rows if each["name"] == name]:
             points.append((row["seconds"], 100 - row["accuracy"], row["deviation"] or 0))
             text = f"{row['epochs']} epoch{'s' * (row['epochs'] > 1)}"
             axes.annotate(text, points[-1][:2], (5, 8), textcoords="offset points", size=8)

@@ -4,8 +4,8 @@
 
 Digits are drawn stroke by stroke, in several European ways of writing and with pens of all widths.
 They are scanned, or photographed with one disturbance each, or with several ("all"). MNIST's test
-digits are printed onto the same paper. The output is a Markdown table: for each kind, the percent
-of digits recognised correctly. A kind and an index give the same image in every run.
+digits are printed onto the same paper. The output is a Markdown table of percent correct. Kind and
+index determine the image; the README's 600 new ones have the indices 9,000 to 9,599.
 """
 
 import argparse
